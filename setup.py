@@ -1,0 +1,5 @@
+"""Builds the wheel; everything it needs to know is in pyproject.toml."""
+
+from setuptools import setup
+
+setup()
