@@ -1,6 +1,16 @@
 """Fused average-pool projectors for multimodal language models."""
 
+from .functional import act_linear, pool, pool_linear
+from .projector import FusedAvgPoolProjector
 from .reference import AvgPoolProjector
+from .stencil import Stencil
 
-__all__ = ["AvgPoolProjector"]
+__all__ = [
+    "AvgPoolProjector",
+    "FusedAvgPoolProjector",
+    "Stencil",
+    "act_linear",
+    "pool",
+    "pool_linear",
+]
 __version__ = "0.1.0"

@@ -1,0 +1,58 @@
+"""Who computes it? Chooses a backend and says why."""
+
+from types import ModuleType
+from typing import NamedTuple
+
+import torch
+
+from . import eager, triton
+
+BACKENDS = ("auto", "triton", "cuda", "eager")
+_MODULES: dict[str, ModuleType] = {"triton": triton, "eager": eager}
+
+
+class Choice(NamedTuple):
+    """The backend of a call, and why that one."""
+
+    backend: str
+    reason: str
+
+
+def get(backend: str) -> ModuleType:
+    """The module with the verbs ``pool``, ``pool_linear`` and ``dact_linear``."""
+    return _MODULES[backend]
+
+
+def unusable(backend: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why ``backend`` cannot run on tensors of that device and dtype; None if it can."""
+    if backend not in _MODULES:
+        return "this version has no CUDA C++ kernels"
+    return _MODULES[backend].unusable(device, dtype)
+
+
+@torch.compiler.assume_constant_result
+def choose(backend: str, device: torch.device, dtype: torch.dtype) -> Choice:
+    """Resolve ``backend`` for tensors of a device and dtype.
+
+    Raises:
+        ValueError: no such backend.
+        RuntimeError: the backend that was asked for cannot run here; says what is missing.
+    """
+    check_backend(backend)
+    if backend != "auto":
+        problem = unusable(backend, device, dtype)
+        if problem:
+            raise RuntimeError(f"backend {backend!r} cannot run here: {problem}")
+        return Choice(backend, "asked for")
+    if device.type == "cpu":
+        return Choice("eager", "the tokens are on the CPU")
+    problem = unusable("triton", device, dtype)
+    if problem:
+        return Choice("eager", f"not triton: {problem}")
+    return Choice("triton", f"usable on {device}")
+
+
+def check_backend(backend: str) -> str:
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}; got {backend!r}")
+    return backend

@@ -1,0 +1,90 @@
+"""The verbs in Triton: allocates the outputs, picks the configuration, launches."""
+
+import torch
+
+from ..kernels.launch import standing_in
+from ..stencil import Table
+from ..tuning import config_for
+from . import eager
+
+try:
+    import triton
+
+    from ..kernels import dact_linear as dact_linear_kernel
+    from ..kernels import pool as pool_kernel
+    from ..kernels import pool_linear as pool_linear_kernel
+except ImportError as error:
+    _missing = str(error)
+else:
+    _missing = ""
+
+
+def unusable(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why these kernels cannot run on ``device`` with ``dtype``; None if they can."""
+    if _missing:
+        return f"triton cannot be imported ({_missing})"
+    if dtype == torch.float64:
+        return "float64 is left to torch"
+    if standing_in():
+        return None
+    if device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(device)
+        if torch.version.hip is not None:
+            return "AMD GPUs are not supported"
+        if major < 8:
+            return f"compute capability {major}.{minor} is below 8.0"
+        return None
+    if device.type == "cpu" and triton.knobs.runtime.interpret:
+        return "Triton's interpreter computes bfloat16 wrongly" if dtype == torch.bfloat16 else None
+    return f"it needs a CUDA device, the tokens are on {device.type}"
+
+
+def fuses(dtype: torch.dtype) -> bool:
+    """Whether matrix products run in these kernels; float32 by IEEE rules is cuBLAS's."""
+    return dtype.itemsize == 2 or torch.backends.cuda.matmul.fp32_precision == "tf32"
+
+
+def pool(x: torch.Tensor, table: Table, dtype: torch.dtype) -> torch.Tensor:
+    """[B, n_in, K] -> [B, rows, K] of ``dtype``; sums in float32."""
+    p = x.new_empty(x.shape[0], table.index.shape[0], x.shape[2], dtype=dtype)
+    if p.numel():
+        pool_kernel.pool(x, *table, p, config_for("pool", x.dtype))
+    return p
+
+
+def pool_linear(
+    x: torch.Tensor,
+    table: Table,
+    w: torch.Tensor,
+    bias: torch.Tensor | None,
+    activation: str | None,
+    keep_z: bool,
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    """``p`` = S x, ``z`` = p wᵀ + bias and ``g`` = gelu(z), in one launch."""
+    if not fuses(w.dtype):
+        return eager.linear(pool(x, table, w.dtype), w, bias, activation, keep_z)
+    shape = x.shape[0], table.index.shape[0]
+    p = w.new_empty(*shape, w.shape[1])
+    z = w.new_empty(*shape, w.shape[0]) if keep_z else None
+    g = None if activation is None else w.new_empty(*shape, w.shape[0])
+    if p.numel():
+        config = config_for("pool_linear", w.dtype)
+        pool_linear_kernel.pool_linear(x, *table, w, bias, p, z, g, "tf32", config)
+    return p, z, g
+
+
+def dact_linear(
+    dy: torch.Tensor, w: torch.Tensor, z: torch.Tensor, want_g: bool, want_db: bool
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    """``dz`` = (dy w) * gelu'(z), ``g`` = gelu(z) and ``db`` = the sum of dz over its rows."""
+    if not fuses(z.dtype):
+        return eager.dact_linear(dy, w, z, want_g, want_db)
+    config = config_for("dact_linear", z.dtype)
+    m, n = z.shape
+    dz = z.new_empty(m, n)
+    g = z.new_empty(m, n) if want_g else None
+    panels = triton.cdiv(m, config.tiles["BM"])
+    db = z.new_empty(panels, n, dtype=torch.float32) if want_db else None
+    if m:
+        dact_linear_kernel.dact_linear(dy, w, z, dz, g, db, "tf32", config)
+    return dz, g, None if db is None else db.sum(0).to(z.dtype)

@@ -1,0 +1,80 @@
+"""Is the input what we can work with? Every check, before anything is launched or changed."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+MAX_BYTES = 2**63 - 1
+
+
+def check_count(name: str, value: object) -> int:
+    """A positive integer."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int, got {type(value).__name__} {value!r}")
+    if value < 1:
+        raise ValueError(f"{name} must be at least 1, got {value}")
+    return value
+
+
+def check_grid(name: str, grid: Sequence[int]) -> tuple[int, int]:
+    """A pair (height, width) of positive integers."""
+    if not isinstance(grid, Sequence) or len(grid) != 2:
+        raise ValueError(f"{name} must be a pair (height, width), got {grid!r}")
+    return check_count(f"{name}[0]", grid[0]), check_count(f"{name}[1]", grid[1])
+
+
+def square_side(name: str, count: int, hint: str = "") -> int:
+    """The side of a square grid of ``count`` tokens."""
+    side = math.isqrt(count)
+    if side * side != count:
+        raise ValueError(f"{name} must be a square number, got {count}{hint}")
+    return side
+
+
+def check_tokens(name: str, x: torch.Tensor) -> None:
+    """A floating-point tensor [B, n, K]."""
+    _check_float(name, x)
+    if x.dim() != 3:
+        raise ValueError(f"{name} must be [batch, tokens, channels], got shape {list(x.shape)}")
+
+
+def check_size(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """An output whose bytes an int64 can count."""
+    if math.prod(shape) * dtype.itemsize > MAX_BYTES:
+        raise ValueError(f"an output of shape {list(shape)} and {dtype} exceeds the int64 range")
+
+
+def check_linear(name: str, x: torch.Tensor, weight: torch.Tensor, any_float: bool = False) -> None:
+    """A weight [N, K] for x [B, n, K]; of x's dtype unless ``any_float``."""
+    _check_float("weight", weight)
+    if weight.dim() != 2 or weight.shape[1] != x.shape[2] or weight.shape[0] < 1:
+        raise ValueError(
+            f"weight must be [out, {x.shape[2]}] for the {x.shape[2]} channels of {name},"
+            f" got shape {list(weight.shape)}"
+        )
+    if weight.device != x.device:
+        raise RuntimeError(f"{name} is on {x.device}, but weight is on {weight.device}")
+    if weight.dtype != x.dtype and not any_float:
+        raise TypeError(f"{name} is {x.dtype}, but weight is {weight.dtype}")
+
+
+def check_bias(weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+    """None, or a bias [N] for a weight [N, K]."""
+    if bias is None:
+        return
+    _check_float("bias", bias)
+    if bias.shape != weight.shape[:1]:
+        raise ValueError(f"bias must be [{weight.shape[0]}], got shape {list(bias.shape)}")
+    if bias.device != weight.device:
+        raise RuntimeError(f"weight is on {weight.device}, but bias is on {bias.device}")
+    if bias.dtype != weight.dtype:
+        raise TypeError(f"weight is {weight.dtype}, but bias is {bias.dtype}")
+
+
+def _check_float(name: str, x: torch.Tensor) -> None:
+    if not isinstance(x, torch.Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
+    if x.dtype not in FLOATS:
+        raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {x.dtype}")

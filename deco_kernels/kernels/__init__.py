@@ -1,0 +1,1 @@
+"""The Triton source: one file a kernel, kernel first, then its launcher."""

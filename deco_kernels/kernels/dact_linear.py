@@ -1,0 +1,106 @@
+"""``dZ = (dY W) * gelu'(Z)`` in one launch; emits ``G = gelu(Z)`` and sums of dZ over its tiles."""
+
+import torch
+import triton
+import triton.language as tl
+
+from .gelu import gelu_and_slope
+from .launch import Config, launch
+
+
+@triton.jit
+def epilogue(acc, z, dz, g, db, panel, rm, rn, M, N):
+    """Turn the gradient ``acc`` of the activation into that of the pre-activation, and store."""
+    inside = (rm < M)[:, None] & (rn < N)[None, :]
+    out = rm.to(tl.int64)[:, None] * N + rn[None, :]
+    zs = tl.load(z + out, mask=inside, other=0.0).to(tl.float32)
+    y, slope = gelu_and_slope(zs, EXACT=z.dtype.element_ty == tl.float32)
+    if g is not None:
+        tl.store(g + out, y.to(g.dtype.element_ty), mask=inside)
+    acc *= slope
+    tl.store(dz + out, acc.to(dz.dtype.element_ty), mask=inside)
+    if db is not None:  # rows past the end are zero in acc
+        tl.store(db + panel.to(tl.int64) * N + rn, tl.sum(acc, axis=0), mask=rn < N)
+
+
+@triton.jit(do_not_specialize=["M"])
+def dact_linear_kernel(
+    dy,  # [M, K] strided
+    w,  # [K, N] strided
+    z,  # [M, N]
+    dz,  # [M, N]
+    g,  # [M, N] or None
+    db,  # [cdiv(M, BM), N] float32 or None
+    M,
+    N,
+    K,
+    stride_dym,
+    stride_dyk,
+    stride_wk,
+    stride_wn,
+    PRECISION: tl.constexpr,
+    GROUP: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+):
+    # GROUP panels of rows share a sweep over the columns, so that their tiles meet in L2.
+    panels, columns = tl.cdiv(M, BM), tl.cdiv(N, BN)
+    first = tl.program_id(0) // (GROUP * columns) * GROUP
+    height = tl.minimum(panels - first, GROUP)
+    place = tl.program_id(0) % (GROUP * columns)
+    panel, column = first + place % height, place // height
+
+    rm, rn, rk = panel * BM + tl.arange(0, BM), column * BN + tl.arange(0, BN), tl.arange(0, BK)
+    inside = (rm < M)[:, None] & (rn < N)[None, :]
+    dy += rm.to(tl.int64)[:, None] * stride_dym + rk[None, :] * stride_dyk
+    w += rk.to(tl.int64)[:, None] * stride_wk + rn[None, :] * stride_wn
+    acc = tl.zeros([BM, BN], dtype=tl.float32)
+    for k in range(0, K, BK):
+        a = tl.load(dy, mask=(rm < M)[:, None] & (rk < K - k)[None, :], other=0.0)
+        b = tl.load(w, mask=(rk < K - k)[:, None] & (rn < N)[None, :], other=0.0)
+        acc = tl.dot(a, b, acc, input_precision=PRECISION)
+        dy += BK * stride_dyk
+        w += BK * stride_wk
+    # In two halves: z, gelu, slope and dz of a whole tile do not fit into the registers.
+    HALF: tl.constexpr = BN // 2
+    left, right = acc.reshape([BM, 2, HALF]).permute(0, 2, 1).split()
+    rn = column * BN + tl.arange(0, HALF)
+    epilogue(left, z, dz, g, db, panel, rm, rn, M, N)
+    epilogue(right, z, dz, g, db, panel, rm, rn + HALF, M, N)
+
+
+def dact_linear(
+    dy: torch.Tensor,
+    w: torch.Tensor,
+    z: torch.Tensor,
+    dz: torch.Tensor,
+    g: torch.Tensor | None,
+    db: torch.Tensor | None,
+    precision: str,
+    config: Config,
+) -> None:
+    """Fill ``dz`` [M, N] from ``dy`` [M, K], ``w`` [K, N] and ``z`` [M, N]; ``g`` and ``db`` if wanted.
+
+    ``db`` [cdiv(M, BM), N] float32 receives the sums of dz over each panel of rows.
+    """
+    (m, features), tiles = z.shape, config.tiles
+    launch(
+        dact_linear_kernel,
+        (triton.cdiv(m, tiles["BM"]) * triton.cdiv(features, tiles["BN"]),),
+        config,
+        dy=dy,
+        w=w,
+        z=z,
+        dz=dz,
+        g=g,
+        db=db,
+        M=m,
+        N=features,
+        K=dy.shape[1],
+        stride_dym=dy.stride(0),
+        stride_dyk=dy.stride(1),
+        stride_wk=w.stride(0),
+        stride_wn=w.stride(1),
+        PRECISION=precision,
+    )

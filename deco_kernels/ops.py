@@ -1,0 +1,69 @@
+"""How does torch see it? The verbs as registered operators, opaque to torch.compile, with fakes."""
+
+import torch
+
+from . import backends
+from .stencil import Table
+
+_library = torch.library.Library("deco_kernels", "DEF")
+_library.define(
+    "pool(Tensor x, Tensor index, Tensor weight, bool ragged, ScalarType dtype, str backend)"
+    " -> Tensor"
+)
+_library.define(
+    "pool_linear(Tensor x, Tensor index, Tensor weight, bool ragged, Tensor w, Tensor? bias,"
+    " str? activation, bool keep_z, str backend) -> (Tensor p, Tensor z, Tensor g)"
+)
+_library.define(
+    "dact_linear(Tensor dy, Tensor w, Tensor z, bool want_g, bool want_db, str backend)"
+    " -> (Tensor dz, Tensor g, Tensor db)"
+)
+
+pool = torch.ops.deco_kernels.pool.default
+pool_linear = torch.ops.deco_kernels.pool_linear.default
+dact_linear = torch.ops.deco_kernels.dact_linear.default
+
+Three = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+def _filled(like: torch.Tensor, *outputs: torch.Tensor | None) -> Three:
+    """An operator's outputs are tensors: what was not asked for is an empty one."""
+    return tuple(like.new_empty(0) if t is None else t for t in outputs)
+
+
+def _pool(x, index, weight, ragged, dtype, backend) -> torch.Tensor:
+    return backends.get(backend).pool(x, Table(index, weight, ragged), dtype)
+
+
+def _pool_linear(x, index, weight, ragged, w, bias, activation, keep_z, backend) -> Three:
+    table = Table(index, weight, ragged)
+    out = backends.get(backend).pool_linear(x, table, w, bias, activation, keep_z)
+    return _filled(w, *out)
+
+
+def _dact_linear(dy, w, z, want_g, want_db, backend) -> Three:
+    return _filled(z, *backends.get(backend).dact_linear(dy, w, z, want_g, want_db))
+
+
+for _key in ("CPU", "CUDA"):
+    _library.impl("pool", _pool, _key)
+    _library.impl("pool_linear", _pool_linear, _key)
+    _library.impl("dact_linear", _dact_linear, _key)
+
+
+@torch.library.register_fake("deco_kernels::pool", lib=_library)
+def _(x, index, weight, ragged, dtype, backend) -> torch.Tensor:
+    return x.new_empty(x.shape[0], index.shape[0], x.shape[2], dtype=dtype)
+
+
+@torch.library.register_fake("deco_kernels::pool_linear", lib=_library)
+def _(x, index, weight, ragged, w, bias, activation, keep_z, backend) -> Three:
+    p = w.new_empty(x.shape[0], index.shape[0], x.shape[2])
+    z = w.new_empty(*p.shape[:2], w.shape[0])
+    return _filled(w, p, z if keep_z else None, None if activation is None else torch.empty_like(z))
+
+
+@torch.library.register_fake("deco_kernels::dact_linear", lib=_library)
+def _(dy, w, z, want_g, want_db, backend) -> Three:
+    g = torch.empty_like(z) if want_g else None
+    return _filled(z, torch.empty_like(z), g, z.new_empty(z.shape[1]) if want_db else None)

@@ -1,0 +1,208 @@
+"""What do I put in my model? The drop-in module."""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from torch.nn.modules.module import _has_any_global_hook
+
+from . import functional
+from .backends import check_backend, choose
+from .checks import check_count, check_grid, check_tokens, square_side
+from .reference import AvgPoolProjector
+from .stencil import Stencil
+
+
+class Plan(NamedTuple):
+    """Which way a call takes.
+
+    ``path`` is "fused" (pool and all linear layers in the package's own operators), "pooled" (the
+    package's pool, then ``mlp_projector`` is called as a module) or "modules" (everything is
+    called as a module, like the reference).
+    """
+
+    backend: str
+    path: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"backend {self.backend}, path {self.path}: {self.reason}"
+
+
+class FusedAvgPoolProjector(AvgPoolProjector):
+    """Drop-in for :class:`AvgPoolProjector`: the same function, parameters and state dict.
+
+    Computes pool and first linear layer in one kernel, keeps only pooled tokens and
+    pre-activations for backward, and pools backward without atomics. The children stay plain
+    modules, so checkpoints, initialisation, weight decay and adapters keep working. Where they
+    are no longer what they were made as (wrapped by LoRA, hooked, partitioned), they are called
+    instead of having their weights read; :meth:`explain` says so.
+
+    Args:
+        layer_num, query_num, mm_hidden_size, llm_hidden_size: as :class:`AvgPoolProjector`.
+        backend: "auto" (Triton where it can run, else torch's operators), "triton", "cuda" or
+            "eager".
+
+    Raises:
+        TypeError: a size is not an int.
+        ValueError: a size is below 1, ``query_num`` is not a square, or no such backend.
+    """
+
+    def __init__(
+        self,
+        layer_num: int = 2,
+        query_num: int = 144,
+        mm_hidden_size: int = 1024,
+        llm_hidden_size: int = 4096,
+        *,
+        backend: str = "auto",
+    ) -> None:
+        check_count("layer_num", layer_num)
+        side = square_side("query_num", check_count("query_num", query_num))
+        check_count("mm_hidden_size", mm_hidden_size)
+        check_count("llm_hidden_size", llm_hidden_size)
+        check_backend(backend)
+        super().__init__(layer_num, query_num, mm_hidden_size, llm_hidden_size)
+        self.backend = backend
+        self._side = side
+
+    @classmethod
+    def from_reference(cls, module: nn.Module, *, backend: str = "auto") -> "FusedAvgPoolProjector":
+        """A fused projector that shares ``module``'s children, and so its parameters and mode.
+
+        Args:
+            module: an :class:`AvgPoolProjector`, or any module built like it: an
+                ``nn.AdaptiveAvgPool2d`` called ``sampler`` to a square, then an ``nn.Sequential``
+                of linear layers and activations called ``mlp_projector``.
+
+        Raises:
+            TypeError: ``module`` is not built like that.
+        """
+        sampler, mlp = getattr(module, "sampler", None), getattr(module, "mlp_projector", None)
+        if not isinstance(sampler, nn.AdaptiveAvgPool2d) or not isinstance(mlp, nn.Sequential):
+            raise TypeError(
+                "module must have a sampler (AdaptiveAvgPool2d) and an mlp_projector (Sequential)"
+                f" like AvgPoolProjector, got {type(module).__name__}"
+            )
+        side = sampler.output_size
+        with torch.device("meta"):  # the children made here are replaced below
+            fused = cls(
+                (len(mlp) + 1) // 2,
+                math.prod(side) if isinstance(side, tuple) else side * side,
+                mlp[0].in_features,
+                mlp[-1].out_features,
+                backend=backend,
+            )
+        fused.sampler, fused.mlp_projector = sampler, mlp
+        fused.training = module.training
+        return fused
+
+    def extra_repr(self) -> str:
+        return f"backend={self.backend!r}"
+
+    def forward(self, x: torch.Tensor, grid: tuple[int, int] | None = None) -> torch.Tensor:
+        """Project patch tokens.
+
+        Args:
+            x: [b, n, mm_hidden_size], any strides, of the parameters' dtype (or under autocast).
+            grid: (h, w) with h * w = n, where the patches do not form a square.
+
+        Returns:
+            [b, query_num, llm_hidden_size].
+
+        Raises:
+            TypeError: x is not floating point, or not of the parameters' dtype.
+            ValueError: x is not [b, n, mm_hidden_size], or n does not fit the grid.
+            RuntimeError: x is on another device, or the backend cannot run here.
+        """
+        grid = self._check(x, grid)
+        backend, path, _ = self.explain(x)
+        if path == "modules":
+            pooled = self.sampler(x.transpose(1, 2).unflatten(2, grid))
+            return self.mlp_projector(pooled.flatten(2).transpose(1, 2))
+        stencil = Stencil.adaptive(grid, (self._side, self._side))
+        if path == "pooled":
+            return self.mlp_projector(functional.pool(x, stencil, backend=backend))
+
+        first, *rest = self.mlp_projector[::2]
+        activations = ["gelu"] * len(rest) + [None]
+        y = functional.pool_linear(
+            x, first.weight, first.bias, stencil, activations[0], backend=backend
+        )
+        for linear, activation in zip(rest, activations[1:], strict=True):
+            y = functional.act_linear(y, linear.weight, linear.bias, activation, backend=backend)
+        return y
+
+    def explain(self, x: torch.Tensor | None = None) -> Plan:
+        """Which backend and path the next call takes, and why; for ``x``, or the parameters' kind."""
+        like = x if x is not None else next(self.parameters())
+        dtype = like.dtype
+        if torch.is_autocast_enabled(like.device.type) and dtype != torch.float64:
+            dtype = torch.get_autocast_dtype(like.device.type)
+        backend, reason = choose(self.backend, like.device, dtype)
+        sampler = self.sampler
+        if not _plain(sampler, nn.AdaptiveAvgPool2d) or sampler.output_size != (self._side,) * 2:
+            return Plan("eager", "modules", "sampler was changed or is hooked")
+        problem = self._unreadable()
+        return Plan(backend, "pooled" if problem else "fused", problem or reason)
+
+    def _check(self, x: torch.Tensor, grid: tuple[int, int] | None) -> tuple[int, int]:
+        """The grid of the tokens ``x``, once they are what the projector takes."""
+        check_tokens("x", x)
+        tokens, channels = x.shape[1:]
+        if channels != self.mm_hidden_size:
+            raise ValueError(
+                f"x must have mm_hidden_size = {self.mm_hidden_size} channels, got {channels}"
+            )
+        if grid is None:
+            side = square_side("x's token count", tokens, "; pass grid=(height, width)")
+            return side, side
+        height, width = check_grid("grid", grid)
+        if height * width != tokens:
+            raise ValueError(f"grid {height}x{width} does not hold the {tokens} tokens of x")
+        return height, width
+
+    def _unreadable(self) -> str | None:
+        """Why ``mlp_projector`` must be called and its weights not read; None if they can be."""
+        if _has_any_global_hook():
+            return "a global module hook is registered"
+        if not _plain(self.mlp_projector, nn.Sequential):
+            return "mlp_projector was replaced or is hooked"
+        for i, child in enumerate(self.mlp_projector):
+            if not _plain(child, nn.GELU if i % 2 else nn.Linear):
+                return f"mlp_projector[{i}] is {type(child).__name__}, or hooked"
+            if i % 2 and child.approximate != "none":
+                return f"mlp_projector[{i}] is an approximate GELU"
+            if i % 2 == 0 and not _materialised(child):
+                return f"mlp_projector[{i}] has partitioned or special parameters"
+        if len(self.mlp_projector) % 2 == 0:
+            return "mlp_projector does not end with a linear layer"
+        return None
+
+
+def _plain(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether calling ``module`` does what ``kind`` does and nothing else."""
+    return (
+        type(module) is kind
+        and "forward" not in module.__dict__
+        and not (
+            module._forward_hooks
+            or module._forward_pre_hooks
+            or module._backward_hooks
+            or module._backward_pre_hooks
+        )
+    )
+
+
+def _materialised(linear: nn.Linear) -> bool:
+    """Whether the parameters are ordinary tensors that are there in full."""
+    weight, bias = linear.weight, linear.bias
+    return (
+        type(weight) in _ORDINARY
+        and (bias is None or type(bias) in _ORDINARY)
+        and weight.shape == (linear.out_features, linear.in_features)
+    )
+
+
+_ORDINARY = (nn.Parameter, torch.Tensor)
