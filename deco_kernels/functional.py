@@ -22,9 +22,7 @@ class Hidden:
 
     __slots__ = ("_bias", "_g", "_z")
 
-    def __init__(
-        self, z: torch.Tensor | None, g: torch.Tensor, bias: torch.Tensor | None
-    ) -> None:
+    def __init__(self, z: torch.Tensor | None, g: torch.Tensor, bias: torch.Tensor | None) -> None:
         self._z, self._g, self._bias = z, g, bias
 
     @property
@@ -73,7 +71,7 @@ class _PoolLinear(torch.autograd.Function):
         flat = dz.reshape(-1, dz.shape[-1])
         dx = dw = db = None
         if ctx.needs_input_grad[0]:
-            dp = (flat @ weight).view(*dz.shape[:2], -1)
+            dp = (flat @ weight).view(*dz.shape[:2], weight.shape[1])
             dx = ops.pool(dp, *ctx.columns, ctx.dtype, ctx.backend)
         if ctx.needs_input_grad[1]:
             dw = flat.T @ p.view(-1, p.shape[-1])

@@ -31,17 +31,26 @@ def _filled(like: torch.Tensor, *outputs: torch.Tensor | None) -> Three:
     return tuple(like.new_empty(0) if t is None else t for t in outputs)
 
 
+def _refuse_grad(*tensors: torch.Tensor) -> None:
+    """Raise where autograd would look on: it is taught in `functional`, outside the operators."""
+    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+        raise RuntimeError("operators do not differentiate: call pool, pool_linear or act_linear")
+
+
 def _pool(x, index, weight, ragged, dtype, backend) -> torch.Tensor:
+    _refuse_grad(x)
     return backends.get(backend).pool(x, Table(index, weight, ragged), dtype)
 
 
 def _pool_linear(x, index, weight, ragged, w, bias, activation, keep_z, backend) -> Three:
+    _refuse_grad(x, w)
     table = Table(index, weight, ragged)
     out = backends.get(backend).pool_linear(x, table, w, bias, activation, keep_z)
     return _filled(w, *out)
 
 
 def _dact_linear(dy, w, z, want_g, want_db, backend) -> Three:
+    _refuse_grad(dy, w, z)
     return _filled(z, *backends.get(backend).dact_linear(dy, w, z, want_g, want_db))
 
 

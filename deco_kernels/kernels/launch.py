@@ -36,9 +36,7 @@ Launch = Callable[..., None]  # (kernel, grid, config, arguments by name)
 def _launch_on_device(
     kernel: Any, grid: tuple[int, ...], config: Config, args: dict[str, Any]
 ) -> None:
-    kernel[grid](
-        **args, **config.tiles, num_warps=config.num_warps, num_stages=config.num_stages
-    )
+    kernel[grid](**args, **config.tiles, num_warps=config.num_warps, num_stages=config.num_stages)
 
 
 _stand_in: tuple[Chip, Launch] | None = None

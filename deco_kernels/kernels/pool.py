@@ -8,9 +8,7 @@ from .launch import Config, launch
 
 
 @triton.jit
-def gather_one(
-    x, index, weight, t, mask, stride_xn, RAGGED: tl.constexpr
-):
+def gather_one(x, index, weight, t, mask, stride_xn, RAGGED: tl.constexpr):
     """The t-th token of every window, times its weight."""
     i, s = tl.load(index + t)[:, None], tl.load(weight + t)[:, None]
     if RAGGED:

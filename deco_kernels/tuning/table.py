@@ -15,18 +15,14 @@ _16_BIT = {
     "pool_linear": Config(
         {"PM": 16, "PK": 256, "BM": 128, "BN": 128, "BK": 64}, num_warps=8, num_stages=3
     ),
-    "dact_linear": Config(
-        {"GROUP": 8, "BM": 128, "BN": 128, "BK": 64}, num_warps=8, num_stages=3
-    ),
+    "dact_linear": Config({"GROUP": 8, "BM": 128, "BN": 128, "BK": 64}, num_warps=8, num_stages=3),
 }
 _32_BIT = {
     "pool": Config({"PM": 8, "PK": 256}, num_warps=4, num_stages=1),
     "pool_linear": Config(
         {"PM": 16, "PK": 128, "BM": 128, "BN": 128, "BK": 32}, num_warps=8, num_stages=3
     ),
-    "dact_linear": Config(
-        {"GROUP": 8, "BM": 128, "BN": 128, "BK": 32}, num_warps=8, num_stages=3
-    ),
+    "dact_linear": Config({"GROUP": 8, "BM": 128, "BN": 128, "BK": 32}, num_warps=8, num_stages=3),
 }
 
 

@@ -1,0 +1,134 @@
+"""What can I ask of it? ``python -m deco_kernels info``, ``check``, ``compile`` or ``demo``."""
+
+import argparse
+import dataclasses
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .backends import BACKENDS
+
+if TYPE_CHECKING:
+    from .aot import Row
+
+# A command imports its module when it runs: `info` must work where Triton or the demo's
+# dependencies are missing.
+
+
+def _info(options: dict[str, Any]) -> int:
+    from .info import report
+
+    print(report())
+    return 0
+
+
+def _check(options: dict[str, Any]) -> int:
+    from .check import run
+
+    return 0 if run(**options) else 1
+
+
+def _compile(options: dict[str, Any]) -> int:
+    from . import aot
+
+    rows, archs, as_json = [], options["arch"], options["json"]
+    total = len(archs) * len(aot.cases())
+    for done, found in enumerate(aot.table(archs), start=1):
+        rows += found
+        if not as_json:
+            print(f"\rcompiled {done} of {total}", end="", file=sys.stderr, flush=True)
+    if as_json:
+        print(json.dumps([dataclasses.asdict(row) for row in rows], indent=1))
+    else:
+        print(file=sys.stderr)
+        print(_table(rows))
+    return 1 if any(row.problems for row in rows) else 0
+
+
+def _table(rows: "Sequence[Row]") -> str:
+    """An aligned table, one line a row, and a summary."""
+    cells = [("arch", "kernel", "case", "config", "regs", "spill", "shared", "limit", "cores", "")]
+    for row in rows:
+        sizes = row.registers, row.spill_bytes, row.shared_bytes, row.shared_limit
+        problems = f"! {', '.join(row.problems)}" if row.problems else ""
+        cores = row.tensor_core or "-"
+        head = f"sm_{row.arch}", row.kernel, row.case, row.config
+        cells.append((*head, *map(str, sizes), cores, problems))
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = []
+    for line in cells:
+        aligned = [
+            cell.rjust(width) if 4 <= i < 8 else cell.ljust(width)  # sizes to the right
+            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ]
+        lines.append("  ".join(aligned).rstrip())
+    bad = sum(bool(row.problems) for row in rows)
+    if bad:
+        lines.append(f"{bad} of {len(rows)} must not ship: see the lines with !")
+    else:
+        lines.append(f"all {len(rows)} fit: no spills, shared memory to spare, tensor cores")
+    return "\n".join(lines)
+
+
+def _demo(options: dict[str, Any]) -> int:
+    from .demo import run
+
+    run(**options)
+    return 0
+
+
+def _archs(text: str) -> list[int]:
+    try:
+        return [int(arch) for arch in text.split(",")]
+    except ValueError:
+        message = f"{text!r} is not a list of compute capabilities such as 80,90"
+        raise argparse.ArgumentTypeError(message) from None
+
+
+def _parser() -> argparse.ArgumentParser:
+    text = "Fused average-pool projectors: what is here, is it right, does it fit, a demo."
+    parser = argparse.ArgumentParser(prog="deco_kernels", description=text)
+    commands = parser.add_subparsers(required=True, metavar="command")
+
+    def command(name: str, run: Any, text: str) -> argparse.ArgumentParser:
+        # What is not given is left to the defaults of the function that runs.
+        added = commands.add_parser(
+            name, help=text, description=text, argument_default=argparse.SUPPRESS
+        )
+        added.set_defaults(run=run)
+        return added
+
+    def where(added: argparse.ArgumentParser) -> None:
+        added.add_argument("--device", help="such as cuda:1 or cpu")
+        added.add_argument("--backend", choices=BACKENDS)
+
+    command("info", _info, "versions, devices, and which backends are usable and why not")
+    where(command("check", _check, "forward and every gradient against float64"))
+    added = command("compile", _compile, "compile every kernel ahead of time; needs no GPU")
+    help_arch = "compute capabilities; default: %(default)s"
+    added.add_argument("--arch", type=_archs, default="80,90,100,120", help=help_arch)
+    added.add_argument("--json", action="store_true", default=False, help="print rows as JSON")
+    added = command("demo", _demo, "train a tiny multimodal model with either projector, and plot")
+    added.add_argument("--out", type=Path, help="the picture to write")
+    added.add_argument("--steps", type=int)
+    added.add_argument("--seed", type=int)
+    where(added)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit code."""
+    options = vars(_parser().parse_args(arguments))
+    run = options.pop("run")
+    try:
+        return run(options)
+    except (ImportError, RuntimeError, TypeError, ValueError) as error:
+        line = next(iter(str(error).splitlines()), type(error).__name__)
+        print(f"deco_kernels: error: {line}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

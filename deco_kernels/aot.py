@@ -1,0 +1,247 @@
+"""Does it fit the chip? Compiles every kernel ahead of time and reads what came out."""
+
+import multiprocessing
+import os
+import re
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime.driver import driver
+
+from .backends import triton as verbs
+from .check import float32_matmul
+from .kernels.launch import Chip, Config, stand_in
+from .stencil import Stencil
+
+# Bytes of shared memory that one thread block may use, by architecture: the CUDA C++ Programming
+# Guide, "Compute Capabilities", "Maximum amount of shared memory per thread block" in KiB.
+_LIMITS = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
+SHARED_LIMIT = {arch: 1024 * kib for arch, kib in _LIMITS.items()}
+# PTX of a matrix product on tensor cores, the newest first: sm_90 knows mma.sync as well.
+_TENSOR_CORES = {"tcgen05.mma": "tcgen05", "wgmma.mma_async": "wgmma", "mma.sync": "mma.sync"}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One kernel, compiled for one architecture in the form that one case launches.
+
+    ``spill_bytes`` is the stack frame of a thread. These kernels keep no arrays, so all of it is
+    spilled registers, and it is 0 exactly where ptxas reports no spill. ``shared_bytes`` and
+    ``shared_limit`` count a thread block, ``registers`` a thread. ``tensor_core`` is the family of
+    instructions of its matrix products: "mma.sync", "wgmma", "tcgen05", or None.
+    """
+
+    kernel: str
+    backend: str
+    arch: int
+    config: str
+    registers: int
+    spill_bytes: int
+    shared_bytes: int
+    shared_limit: int
+    tensor_core: str | None
+    case: str
+
+    @property
+    def problems(self) -> list[str]:
+        """Why this must not ship; empty if it may."""
+        found = []
+        if self.spill_bytes:
+            found.append(f"spills {self.spill_bytes} bytes")
+        if self.shared_bytes > self.shared_limit:
+            found.append(f"{self.shared_bytes} of {self.shared_limit} bytes of shared memory")
+        if self.kernel != "pool" and self.tensor_core is None:
+            found.append("no tensor cores")
+        return found
+
+
+class Compiled(NamedTuple):
+    """A kernel as a launch compiles it."""
+
+    kernel: str
+    config: Config
+    binary: Any  # triton's CompiledKernel
+
+
+def _meta(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+    """Shape, strides and the alignment of a fresh allocation: all that a launch is compiled for."""
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+Geometry = tuple[tuple[int, int], tuple[int, int]]
+REGULAR: Geometry = (24, 24), (12, 12)  # windows of 4 tokens
+RAGGED: Geometry = (27, 27), (14, 14)  # up to 9 tokens, overlapping; a token is in up to 4 windows
+GLOBAL: Geometry = (24, 24), (1, 1)
+BATCH, CHANNELS, FEATURES = 8, 1024, 4096
+
+MOST_WORKERS = 8  # a worker holds about a gigabyte
+
+
+def _pool(dtype: torch.dtype, out: torch.dtype, geometry: Geometry, backward: bool = False) -> None:
+    table = Stencil.adaptive(*geometry).tables("meta", torch.float32)[backward]
+    tokens = geometry[1 if backward else 0]
+    verbs.pool(_meta(BATCH, tokens[0] * tokens[1], CHANNELS, dtype=dtype), table, out)
+
+
+def _pool_linear(
+    x: torch.dtype, w: torch.dtype, geometry: Geometry, activation: str | None, keep_z: bool
+) -> None:
+    stencil = Stencil.adaptive(*geometry)
+    verbs.pool_linear(
+        _meta(BATCH, stencil.n_in, CHANNELS, dtype=x),
+        stencil.tables("meta", torch.float32)[0],
+        _meta(FEATURES, CHANNELS, dtype=w),
+        _meta(FEATURES, dtype=w),
+        activation,
+        keep_z,
+    )
+
+
+def _dact_linear(dtype: torch.dtype, want_g: bool, want_db: bool) -> None:
+    rows = BATCH * 144
+    verbs.dact_linear(
+        _meta(rows, FEATURES, dtype=dtype),
+        _meta(FEATURES, FEATURES, dtype=dtype),
+        _meta(rows, FEATURES, dtype=dtype),
+        want_g,
+        want_db,
+    )
+
+
+def cases() -> dict[str, Callable[[], None]]:
+    """What ships, by name: calls of the verbs in every form that compiles to other code.
+
+    Products of float32 are TF32 here; by IEEE rules they are cuBLAS's.
+    """
+    fp32, found = torch.float32, {}
+    for name, product, dtype in (
+        ("bf16", "bf16", torch.bfloat16),
+        ("fp16", "fp16", torch.float16),
+        ("fp32", "tf32", fp32),
+    ):
+        pool, linear = partial(_pool, dtype, dtype), partial(_pool_linear, dtype, dtype)
+        found |= {
+            f"{name} pool 576->144": partial(pool, REGULAR),
+            f"{name} pool 576->144 backward": partial(pool, REGULAR, backward=True),
+            f"{name} pool 729->196": partial(pool, RAGGED),
+            f"{name} pool 729->196 backward": partial(pool, RAGGED, backward=True),
+            f"{name} pool 576->1": partial(pool, GLOBAL),
+            f"{product} linear 576->144": partial(linear, REGULAR, None, True),
+            f"{product} gelu 576->144": partial(linear, REGULAR, "gelu", True),
+            f"{product} gelu 576->144 inference": partial(linear, REGULAR, "gelu", False),
+            f"{product} gelu 729->196": partial(linear, RAGGED, "gelu", True),
+            f"{product} gelu 576->1": partial(linear, GLOBAL, "gelu", True),
+            f"{product} dz, g and db": partial(_dact_linear, dtype, True, True),
+            f"{product} dz": partial(_dact_linear, dtype, False, False),
+        }
+        if dtype != fp32:  # tokens stay float32, the weights and their gradients do not
+            linear = partial(_pool_linear, fp32, dtype)
+            found[f"{name} autocast gelu 576->144"] = partial(linear, REGULAR, "gelu", True)
+            found[f"{name} autocast backward"] = partial(_pool, dtype, fp32, REGULAR, backward=True)
+    return found
+
+
+class _Driver:
+    """What the JIT asks of a driver to compile. An architecture is a device with its own cache."""
+
+    def __init__(self, arch: int) -> None:
+        self.arch = arch
+
+    def get_current_device(self) -> int:
+        return self.arch
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.arch, 32)
+
+
+@contextmanager
+def _driver_for(arch: int) -> Iterator[None]:
+    before = driver._active  # `driver.active` would look for a GPU
+    driver.set_active(_Driver(arch))
+    try:
+        yield
+    finally:
+        driver.set_active(before)
+
+
+def compiled(case: str, arch: int) -> list[Compiled]:
+    """Every launch of a case, compiled for ``arch`` by the JIT itself, so that this is what ships.
+
+    Raises:
+        RuntimeError: Triton is in its interpreter, which compiles nothing.
+    """
+    if triton.knobs.runtime.interpret:
+        raise RuntimeError("Triton's interpreter compiles nothing: unset TRITON_INTERPRET")
+    found = []
+
+    def compile_launch(
+        kernel: Any, grid: tuple[int, ...], config: Config, args: dict[str, Any]
+    ) -> None:
+        options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+        binary = kernel.warmup(grid=grid, **args, **config.tiles, **options)
+        found.append(Compiled(kernel.__name__.removesuffix("_kernel"), config, binary))
+
+    chip = Chip(arch, sms=1)  # sms is for the size of the grid
+    with _driver_for(arch), float32_matmul("tf32"), stand_in(chip, compile_launch):
+        cases()[case]()
+    return found
+
+
+def _resources(cubin: bytes) -> dict[str, int]:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return {name: int(size) for name, size in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", text)}
+
+
+def rows(case: str, arch: int) -> list[Row]:
+    """Compile a case for ``arch`` and read the binaries."""
+    found = []
+    for kernel, config, binary in compiled(case, arch):
+        resources, ptx = _resources(binary.asm["cubin"]), binary.asm["ptx"]
+        row = Row(
+            kernel=kernel,
+            backend="triton",
+            arch=arch,
+            config=str(config),
+            registers=resources["REG"],
+            spill_bytes=resources["STACK"] + resources["LOCAL"],
+            shared_bytes=binary.metadata.shared,
+            shared_limit=SHARED_LIMIT[arch],
+            tensor_core=next((name for op, name in _TENSOR_CORES.items() if op in ptx), None),
+            case=case,
+        )
+        found.append(row)
+    return found
+
+
+def table(archs: Sequence[int]) -> Iterator[list[Row]]:
+    """The rows of every case for every architecture, case by case; compiles on several cores.
+
+    Raises:
+        ValueError: an architecture is not known; lists those that are.
+    """
+    unknown = [str(arch) for arch in archs if arch not in SHARED_LIMIT]
+    if unknown:
+        known = ", ".join(map(str, SHARED_LIMIT))
+        raise ValueError(f"unknown arch {', '.join(unknown)}; known are {known}")
+    tasks = [(case, arch) for arch in archs for case in cases()]
+    workers = min(os.cpu_count() or 1, MOST_WORKERS)
+    # Not forked: torch has threads by now.
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, mp_context=context) as pool:
+        yield from pool.map(rows, *zip(*tasks, strict=True))

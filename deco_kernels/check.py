@@ -1,0 +1,132 @@
+"""Is it right here? Output and every gradient against float64, beside eager torch's own error."""
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+
+from .backends import unusable
+from .projector import FusedAvgPoolProjector
+from .reference import AvgPoolProjector
+
+
+class Case(NamedTuple):
+    """One projector and its tokens: ``tower`` trained or frozen, x a strided view or not."""
+
+    batch: int
+    side: int
+    query_num: int
+    mm_hidden_size: int
+    llm_hidden_size: int
+    layer_num: int = 2
+    strided: bool = False
+
+    def __str__(self) -> str:
+        b, n, q, k, h, layers, strided = self
+        view = " strided" if strided else ""
+        return f"[{b}, {n * n}, {k}] -> [{b}, {q}, {h}], {layers} layers{view}"
+
+
+CASES = (
+    Case(2, 24, 144, 256, 512),
+    Case(2, 24, 64, 256, 512, strided=True),
+    Case(3, 27, 196, 144, 264, layer_num=1),
+    Case(1, 7, 9, 80, 136, layer_num=3),
+    Case(5, 4, 36, 64, 64),
+)
+
+
+class Error(NamedTuple):
+    """Largest absolute error of one tensor against float64; ``ulp`` is one of its dtype's there."""
+
+    name: str
+    ours: float
+    eager: float
+    ulp: float
+
+    @property
+    def ok(self) -> bool:
+        return self.ours <= self.eager + self.ulp
+
+
+def errors(
+    fused: torch.nn.Module, oracle: torch.nn.Module, x: torch.Tensor, dy: torch.Tensor
+) -> list[Error]:
+    """Errors of output and gradients of ``fused`` and ``oracle``, modules with equal parameters."""
+    truth = copy.deepcopy(oracle).double()
+    names = ["output", "x", *(name for name, _ in oracle.named_parameters())]
+    runs = _run(fused, x, dy), _run(oracle, x, dy), _run(truth, x.double(), dy.double())
+    return [_error(name, *tensors) for name, *tensors in zip(names, *runs, strict=True)]
+
+
+def _run(module: torch.nn.Module, x: torch.Tensor, dy: torch.Tensor) -> list[torch.Tensor]:
+    x = x.detach().requires_grad_()
+    y = module(x)
+    return [y, *torch.autograd.grad(y, [x, *module.parameters()], dy)]
+
+
+def _error(name: str, ours: torch.Tensor, eager: torch.Tensor, truth: torch.Tensor) -> Error:
+    def worst(t: torch.Tensor) -> float:  # NaN counts as infinite
+        return (t.double() - truth).abs().nan_to_num(nan=float("inf")).max().item()
+
+    exponent = torch.frexp(truth.abs().max()).exponent.item() - 1
+    ulp = torch.finfo(ours.dtype).eps * 2.0**exponent
+    return Error(name, worst(ours), worst(eager), ulp)
+
+
+def case_errors(
+    case: Case, dtype: torch.dtype, device: torch.device, backend: str, seed: int = 0
+) -> list[Error]:
+    """The errors of a fused projector in one case, on random data."""
+    batch, side, query_num, channels, features, layers, strided = case
+    r = torch.Generator().manual_seed(seed)
+
+    def randn(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=r).to(device, dtype)
+
+    torch.manual_seed(seed)
+    oracle = AvgPoolProjector(layers, query_num, channels, features).to(device, dtype)
+    fused = FusedAvgPoolProjector.from_reference(oracle, backend=backend)
+    x = randn(batch, side * side + strided, channels)[:, int(strided) :]
+    return errors(fused, oracle, x, randn(batch, query_num, features))
+
+
+@contextmanager
+def float32_matmul(precision: str) -> Iterator[None]:
+    """Torch's float32 matrix products by "ieee" rules or in "tf32"."""
+    matmul = torch.backends.cuda.matmul
+    before, matmul.fp32_precision = matmul.fp32_precision, precision
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before
+
+
+def run(backend: str = "auto", device: str | None = None) -> bool:
+    """Check every case and dtype that ``backend`` takes on ``device``; prints, returns success."""
+    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    kinds = [("float16", "ieee"), ("bfloat16", "ieee"), ("float32", "ieee")]
+    if place.type == "cuda":
+        place = torch.device(
+            "cuda", torch.cuda.current_device() if place.index is None else place.index
+        )
+        kinds.append(("float32", "tf32"))
+    good = True
+    print("largest error against float64: ours / eager torch's (bar: eager's + 1 ulp)")
+    for dtype_name, precision in kinds:
+        dtype = getattr(torch, dtype_name)
+        problem = None if backend == "auto" else unusable(backend, place, dtype)
+        if problem and dtype != torch.float32:
+            print(f"{dtype_name}: skipped, {problem}")
+            continue
+        for case in CASES:
+            with float32_matmul(precision):
+                found = case_errors(case, dtype, place, backend)
+            good &= all(e.ok for e in found)
+            label = dtype_name if precision == "ieee" else precision
+            print(f"{'ok  ' if all(e.ok for e in found) else 'FAIL'} {label:9} {case}")
+            for e in found:
+                print(f"       {'' if e.ok else '!'}{e.name:26} {e.ours:.2e} / {e.eager:.2e}")
+    return good

@@ -1,0 +1,105 @@
+"""Where do the kernels run without a GPU? As compiled PTX in the simulator, also with mutants."""
+
+import importlib
+import itertools
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from ptxsim import run_triton
+
+import deco_kernels.kernels
+from deco_kernels.kernels.launch import Chip, stand_in
+
+_SOURCE = Path(deco_kernels.kernels.__file__).parent
+_copies = itertools.count()
+
+
+class Copy:
+    """A copy of the kernels' source, imported under a name of its own.
+
+    ``edits`` maps a file name to (old, new) texts, each of which must occur once: a mutant.
+    """
+
+    def __init__(self, folder: Path, edits: dict[str, tuple[str, str]]) -> None:
+        name = f"kernels_copy_{next(_copies)}"
+        package = folder / name
+        shutil.copytree(_SOURCE, package, ignore=shutil.ignore_patterns("__pycache__"))
+        for file, (old, new) in edits.items():
+            text = (package / file).read_text()
+            assert text.count(old) == 1, f"{old!r} occurs {text.count(old)} times in {file}"
+            (package / file).write_text(text.replace(old, new))
+        sys.path.insert(0, str(folder))
+        try:
+            self.modules = [
+                importlib.import_module(f"{name}.{path.stem}") for path in package.glob("[!_]*.py")
+            ]
+        finally:
+            sys.path.remove(str(folder))
+
+    def __getitem__(self, name: str) -> object:
+        """The kernel of that name."""
+        return next(getattr(m, name) for m in self.modules if hasattr(m, name))
+
+
+@contextmanager
+def simulated(arch: int, copy: Copy | None = None, sms: int = 2, **how) -> Iterator[list]:
+    """Launches run as compiled PTX of sm_``arch`` on the CPU; yields the list of their statistics.
+
+    ``how`` are options of ``ptxsim.run_triton``; by default CTAs run one after another and races
+    are looked for.
+    """
+    launches = []
+
+    def launch(kernel, grid, config, args):
+        kernel = copy[kernel.__name__] if copy else kernel
+        stats = run_triton(
+            kernel,
+            grid,
+            args,
+            config.tiles,
+            target_sm=arch,
+            num_warps=config.num_warps,
+            num_stages=config.num_stages,
+            **how,
+        )
+        stats.kernel, stats.args, stats.config, stats.grid = kernel.__name__, args, config, grid
+        launches.append(stats)
+
+    with stand_in(Chip(arch, sms), launch):
+        yield launches
+
+
+class Tf32Linear(torch.nn.Linear):
+    """A linear layer that multiplies as TF32 tensor cores do: the low 13 bits are cut off."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if x.dtype == torch.float64:
+            return super().forward(x)
+        return _Tf32.apply(x, self.weight) + self.bias
+
+    @classmethod
+    def replace_in(cls, module: torch.nn.Module) -> None:
+        for child in module.modules():
+            if type(child) is torch.nn.Linear:
+                child.__class__ = cls
+
+
+def _cut(t: torch.Tensor) -> torch.Tensor:
+    return (t.contiguous().view(torch.int32) & ~0x1FFF).view(torch.float32)
+
+
+class _Tf32(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, w):
+        ctx.save_for_backward(x, w)
+        return _cut(x) @ _cut(w).T
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, w = ctx.saved_tensors
+        dw = _cut(dy).flatten(0, 1).T @ _cut(x).flatten(0, 1)
+        return _cut(dy) @ _cut(w), dw

@@ -1,0 +1,66 @@
+"""Are the operators what torch expects? Schemas, fakes, torch.compile, no grad behind their backs."""
+
+import pytest
+import torch
+from torch.library import opcheck
+
+from deco_kernels import AvgPoolProjector, FusedAvgPoolProjector, Stencil, ops
+
+
+def tables(dtype=torch.float32):
+    return Stencil.adaptive((5, 4), (3, 3)).tables("cpu", dtype)
+
+
+@pytest.mark.parametrize("batch", [0, 1, 3])
+def test_opcheck(batch):
+    x, w = torch.randn(batch, 21, 6)[:, 1:], torch.randn(7, 6)
+    rows, columns = tables()
+    opcheck(ops.pool, (x, *rows, torch.float32, "eager"))
+    opcheck(ops.pool, (torch.randn(batch, 9, 6).half(), *columns, torch.float16, "eager"))
+    for activation, keep_z in ((None, True), ("gelu", True), ("gelu", False)):
+        for bias in (None, torch.randn(7)):
+            opcheck(ops.pool_linear, (x, *rows, w, bias, activation, keep_z, "eager"))
+    dy, z = torch.randn(9 * batch, 7), torch.randn(9 * batch, 6)
+    for want_g in (True, False):
+        for want_db in (True, False):
+            opcheck(ops.dact_linear, (dy, w, z, want_g, want_db, "eager"))
+
+
+def test_operators_refuse_to_be_differentiated():
+    rows, _ = tables()
+    with pytest.raises(RuntimeError, match="operators do not differentiate"):
+        ops.pool(torch.randn(1, 20, 6, requires_grad=True), *rows, torch.float32, "eager")
+
+
+@pytest.mark.parametrize("layer_num", [1, 2, 3])
+def test_compile_without_graph_breaks_and_with_dynamic_batch(layer_num):
+    torch.compiler.reset()
+    oracle = AvgPoolProjector(layer_num, 9, 16, 24)
+    fused = FusedAvgPoolProjector.from_reference(oracle)
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    compiled = torch.compile(fused, fullgraph=True, backend=backend)
+    for batch in (2, 3, 5, 7):
+        x = torch.randn(batch, 49, 16, requires_grad=True)
+        runs = []
+        for module in (compiled, oracle):
+            y = module(x)
+            runs.append([y, *torch.autograd.grad(y.square().sum(), [x, *oracle.parameters()])])
+        torch.testing.assert_close(*runs, rtol=1e-5, atol=1e-5)
+    assert len(graphs) == 2  # one for the first batch size, one for all others
+
+
+def test_compile_with_inductor():
+    torch.compiler.reset()
+    fused = FusedAvgPoolProjector(2, 4, 8, 16)
+    x = torch.randn(2, 16, 8, requires_grad=True)
+    torch.use_deterministic_algorithms(False)  # filling memory is not inductor's to do
+    y = torch.compile(fused, fullgraph=True)(x)
+    torch.testing.assert_close(y, fused(x))
+    (compiled_dx,) = torch.autograd.grad(y.sum(), x)
+    (dx,) = torch.autograd.grad(fused(x).sum(), x)
+    torch.testing.assert_close(compiled_dx, dx)
