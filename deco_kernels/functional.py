@@ -1,4 +1,4 @@
-"""How does it differentiate? Pooling and linear layers that keep only pre-activations for backward."""
+"""How does it differentiate? Pooling and linear layers that keep no activation for backward."""
 
 import torch
 import torch.nn.functional as F

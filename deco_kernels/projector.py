@@ -125,7 +125,7 @@ class FusedAvgPoolProjector(AvgPoolProjector):
         if path == "pooled":
             return self.mlp_projector(functional.pool(x, stencil, backend=backend))
 
-        first, *rest = self.mlp_projector[::2]
+        first, *rest = list(self.mlp_projector)[::2]
         activations = ["gelu"] * len(rest) + [None]
         y = functional.pool_linear(
             x, first.weight, first.bias, stencil, activations[0], backend=backend
@@ -135,7 +135,7 @@ class FusedAvgPoolProjector(AvgPoolProjector):
         return y
 
     def explain(self, x: torch.Tensor | None = None) -> Plan:
-        """Which backend and path the next call takes, and why; for ``x``, or the parameters' kind."""
+        """Which backend and path a call takes, and why: for ``x``, or tokens like the weights."""
         like = x if x is not None else next(self.parameters())
         dtype = like.dtype
         if torch.is_autocast_enabled(like.device.type) and dtype != torch.float64:

@@ -1,4 +1,4 @@
-"""What is right? The DeCo projector in plain torch and einops: the oracle of every test and benchmark."""
+"""What is right? The DeCo projector in plain torch and einops: the oracle of all tests."""
 
 import torch
 from einops import rearrange
@@ -41,7 +41,7 @@ class AvgPoolProjector(nn.Module):
         self.mlp_projector = nn.Sequential(*layers)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Project patch tokens ``[b, n, mm_hidden_size]`` to ``[b, query_num, llm_hidden_size]``."""
+        """Project patch tokens [b, n, mm_hidden_size] to [b, query_num, llm_hidden_size]."""
         h = w = int(x.shape[1] ** 0.5)
         x = rearrange(x, "b (h w) d -> b d h w", h=h, w=w)
         x = self.sampler(x)

@@ -7,7 +7,6 @@ import torch
 
 from .checks import check_grid
 
-
 Geometry = tuple[str, tuple[int, int], tuple[int, int]]
 
 

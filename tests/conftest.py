@@ -11,7 +11,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 @pytest.fixture(autouse=True)
 def poisoned_memory():
-    """Deterministic algorithms make torch fill uninitialised memory with NaN: nobody may read it."""
+    """Deterministic algorithms make torch fill new memory with NaN: nobody may read it."""
     torch.use_deterministic_algorithms(True)
     assert torch.empty(1).isnan()
     yield

@@ -155,5 +155,5 @@ def test_projector_input(no_launch, x, grid, error, message):
 
 
 def test_from_reference_wants_such_a_module():
-    with pytest.raises(TypeError, match="must have a sampler .* got Linear"):
+    with pytest.raises(TypeError, match=r"must have a sampler .* got Linear"):
         FusedAvgPoolProjector.from_reference(torch.nn.Linear(2, 2))

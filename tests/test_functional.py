@@ -1,5 +1,7 @@
 """Do the functions differentiate, and keep and compute no more than a gradient needs?"""
 
+from itertools import pairwise
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -37,9 +39,7 @@ def problem(layer_num, bias=True, dtype=torch.double, batch=2, **grad):
         return torch.randn(*shape, generator=r, dtype=torch.double).to(dtype).requires_grad_()
 
     sizes = [6, 7, 5, 8][: layer_num + 1]
-    layers = [
-        (randn(n, k), randn(n) if bias else None) for k, n in zip(sizes, sizes[1:], strict=False)
-    ]
+    layers = [(randn(n, k), randn(n) if bias else None) for k, n in pairwise(sizes)]
     return randn(batch, 20, 6), layers
 
 

@@ -1,4 +1,4 @@
-"""Are the operators what torch expects? Schemas, fakes, torch.compile, no grad behind their backs."""
+"""Are the operators what torch expects? Schemas, fakes, torch.compile, no hidden gradients."""
 
 import pytest
 import torch

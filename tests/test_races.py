@@ -1,4 +1,4 @@
-"""Do the CTAs of the dataflow kernel wait for each other? Random schedules, and mutants to catch."""
+"""Do the CTAs of the dataflow kernel wait for each other? Random schedules, and mutants."""
 
 import pytest
 import torch

@@ -84,7 +84,10 @@ def dact_linear(
     dz = z.new_empty(m, n)
     g = z.new_empty(m, n) if want_g else None
     panels = triton.cdiv(m, config.tiles["BM"])
-    db = z.new_empty(panels, n, dtype=torch.float32) if want_db else None
+    sums = z.new_empty(panels, n, dtype=torch.float32) if want_db else None
+    db = z.new_empty(n) if want_db else None
     if m:
-        dact_linear_kernel.dact_linear(dy, w, z, dz, g, db, "tf32", config)
-    return dz, g, None if db is None else db.sum(0).to(z.dtype)
+        dact_linear_kernel.dact_linear(dy, w, z, dz, g, sums, "tf32", config)
+    if want_db:
+        dact_linear_kernel.bias_grad(sums, db, config_for("bias_grad", z.dtype))
+    return dz, g, db

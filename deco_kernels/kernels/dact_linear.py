@@ -9,7 +9,7 @@ from .launch import Config, launch
 
 
 @triton.jit
-def epilogue(acc, z, dz, g, db, panel, rm, rn, M, N):
+def epilogue(acc, z, dz, g, sums, panel, rm, rn, M, N):
     """Turn the gradient ``acc`` of the activation into that of the pre-activation, and store."""
     inside = (rm < M)[:, None] & (rn < N)[None, :]
     out = rm.to(tl.int64)[:, None] * N + rn[None, :]
@@ -19,8 +19,8 @@ def epilogue(acc, z, dz, g, db, panel, rm, rn, M, N):
         tl.store(g + out, y.to(g.dtype.element_ty), mask=inside)
     acc *= slope
     tl.store(dz + out, acc.to(dz.dtype.element_ty), mask=inside)
-    if db is not None:  # rows past the end are zero in acc
-        tl.store(db + panel.to(tl.int64) * N + rn, tl.sum(acc, axis=0), mask=rn < N)
+    if sums is not None:  # rows past the end are zero in acc
+        tl.store(sums + panel.to(tl.int64) * N + rn, tl.sum(acc, axis=0), mask=rn < N)
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -30,7 +30,7 @@ def dact_linear_kernel(
     z,  # [M, N]
     dz,  # [M, N]
     g,  # [M, N] or None
-    db,  # [cdiv(M, BM), N] float32 or None
+    sums,  # [cdiv(M, BM), N] float32 or None
     M,
     N,
     K,
@@ -52,7 +52,6 @@ def dact_linear_kernel(
     panel, column = first + place % height, place // height
 
     rm, rn, rk = panel * BM + tl.arange(0, BM), column * BN + tl.arange(0, BN), tl.arange(0, BK)
-    inside = (rm < M)[:, None] & (rn < N)[None, :]
     dy += rm.to(tl.int64)[:, None] * stride_dym + rk[None, :] * stride_dyk
     w += rk.to(tl.int64)[:, None] * stride_wk + rn[None, :] * stride_wn
     acc = tl.zeros([BM, BN], dtype=tl.float32)
@@ -66,8 +65,23 @@ def dact_linear_kernel(
     HALF: tl.constexpr = BN // 2
     left, right = acc.reshape([BM, 2, HALF]).permute(0, 2, 1).split()
     rn = column * BN + tl.arange(0, HALF)
-    epilogue(left, z, dz, g, db, panel, rm, rn, M, N)
-    epilogue(right, z, dz, g, db, panel, rm, rn + HALF, M, N)
+    epilogue(left, z, dz, g, sums, panel, rm, rn, M, N)
+    epilogue(right, z, dz, g, sums, panel, rm, rn + HALF, M, N)
+
+
+@triton.jit(do_not_specialize=["panels"])
+def bias_grad_kernel(
+    sums,  # [panels, N] float32
+    db,  # [N]
+    panels,
+    N,
+    RN: tl.constexpr,
+):
+    rn = tl.program_id(0) * RN + tl.arange(0, RN)
+    acc = tl.zeros([RN], dtype=tl.float32)
+    for panel in tl.range(0, panels, num_stages=1, loop_unroll_factor=4):
+        acc += tl.load(sums + panel.to(tl.int64) * N + rn, mask=rn < N, other=0.0)
+    tl.store(db + rn, acc.to(db.dtype.element_ty), mask=rn < N)
 
 
 def dact_linear(
@@ -76,13 +90,13 @@ def dact_linear(
     z: torch.Tensor,
     dz: torch.Tensor,
     g: torch.Tensor | None,
-    db: torch.Tensor | None,
+    sums: torch.Tensor | None,
     precision: str,
     config: Config,
 ) -> None:
-    """Fill ``dz`` [M, N] from ``dy`` [M, K], ``w`` [K, N] and ``z`` [M, N]; ``g`` and ``db`` if wanted.
+    """Fill ``dz`` [M, N] from ``dy`` [M, K], ``w`` [K, N], ``z`` [M, N]; ``g``, ``sums`` if given.
 
-    ``db`` [cdiv(M, BM), N] float32 receives the sums of dz over each panel of rows.
+    ``sums`` [cdiv(M, BM), N] float32 receives the sums of dz over each panel of rows.
     """
     (m, features), tiles = z.shape, config.tiles
     launch(
@@ -94,7 +108,7 @@ def dact_linear(
         z=z,
         dz=dz,
         g=g,
-        db=db,
+        sums=sums,
         M=m,
         N=features,
         K=dy.shape[1],
@@ -103,4 +117,18 @@ def dact_linear(
         stride_wk=w.stride(0),
         stride_wn=w.stride(1),
         PRECISION=precision,
+    )
+
+
+def bias_grad(sums: torch.Tensor, db: torch.Tensor, config: Config) -> None:
+    """Fill ``db`` [N] with the sum of ``sums`` [panels, N] over the panels, in their order."""
+    panels, features = sums.shape
+    launch(
+        bias_grad_kernel,
+        (triton.cdiv(features, config.tiles["RN"]),),
+        config,
+        sums=sums,
+        db=db,
+        panels=panels,
+        N=features,
     )

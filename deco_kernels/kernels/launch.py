@@ -11,7 +11,7 @@ import torch
 
 @dataclass(frozen=True)
 class Config:
-    """How one kernel is compiled: its tile sizes (constexprs by name), warps and pipeline stages."""
+    """How a kernel is compiled: tile sizes (constexprs by name), warps and pipeline stages."""
 
     tiles: dict[str, int]
     num_warps: int

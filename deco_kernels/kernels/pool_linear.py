@@ -94,7 +94,7 @@ def pool_linear_kernel(
     p,  # [B * MO, K]
     z,  # [B * MO, N] or None
     g,  # [B * MO, N] or None
-    workspace,  # int32: ticket, CTAs that have finished, a flag for each panel; zero before and after
+    workspace,  # int32: ticket, finished CTAs, a flag a panel; zero before and after
     M,  # B * MO
     MO,
     N,

@@ -11,12 +11,10 @@ def workspace_for(device: torch.device, size: int) -> torch.Tensor:
     """At least ``size`` zeroed int32 on ``device``, for one launch on the current stream.
 
     Kernels of one stream run one after another, so they share one buffer; other streams have
-    their own. While a CUDA graph is captured the buffer is a fresh one of the graph's memory, zeroed
-    in the graph, so that a replay can overlap with anything.
+    their own. While a CUDA graph is captured the buffer is a fresh one of the graph's memory,
+    zeroed in the graph, so that a replay can overlap with anything.
     """
-    if device.type != "cuda":
-        return torch.zeros(size, dtype=torch.int32, device=device)
-    if torch.cuda.is_current_stream_capturing():
+    if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
         return torch.zeros(size, dtype=torch.int32, device=device)
     key = device, torch.cuda.current_stream(device).cuda_stream
     buffer = _kept.get(key)

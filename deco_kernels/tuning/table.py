@@ -10,7 +10,9 @@ import torch
 
 from ..kernels.launch import Config
 
+_BIAS_GRAD = Config({"RN": 128}, num_warps=4, num_stages=1)
 _16_BIT = {
+    "bias_grad": _BIAS_GRAD,
     "pool": Config({"PM": 8, "PK": 512}, num_warps=4, num_stages=1),
     "pool_linear": Config(
         {"PM": 16, "PK": 256, "BM": 128, "BN": 128, "BK": 64}, num_warps=8, num_stages=3
@@ -18,6 +20,7 @@ _16_BIT = {
     "dact_linear": Config({"GROUP": 8, "BM": 128, "BN": 128, "BK": 64}, num_warps=8, num_stages=3),
 }
 _32_BIT = {
+    "bias_grad": _BIAS_GRAD,
     "pool": Config({"PM": 8, "PK": 256}, num_warps=4, num_stages=1),
     "pool_linear": Config(
         {"PM": 16, "PK": 128, "BM": 128, "BN": 128, "BK": 32}, num_warps=8, num_stages=3
@@ -27,5 +30,5 @@ _32_BIT = {
 
 
 def config_for(kernel: str, dtype: torch.dtype) -> Config:
-    """The configuration of ``kernel`` ("pool", "pool_linear", "dact_linear") for elements of ``dtype``."""
+    """The configuration of a kernel, by its name, for elements of ``dtype``."""
     return (_16_BIT if dtype.itemsize == 2 else _32_BIT)[kernel]
