@@ -26,6 +26,8 @@ from .stencil import Stencil
 # Guide, "Compute Capabilities", "Maximum amount of shared memory per thread block" in KiB.
 _LIMITS = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
 SHARED_LIMIT = {arch: 1024 * kib for arch, kib in _LIMITS.items()}
+_NO_PRODUCT = ("pool", "bias_grad")  # kernels that multiply no matrices
+
 # PTX of a matrix product on tensor cores, the newest first: sm_90 knows mma.sync as well.
 _TENSOR_CORES = {"tcgen05.mma": "tcgen05", "wgmma.mma_async": "wgmma", "mma.sync": "mma.sync"}
 
@@ -59,7 +61,7 @@ class Row:
             found.append(f"spills {self.spill_bytes} bytes")
         if self.shared_bytes > self.shared_limit:
             found.append(f"{self.shared_bytes} of {self.shared_limit} bytes of shared memory")
-        if self.kernel != "pool" and self.tensor_core is None:
+        if self.kernel not in _NO_PRODUCT and self.tensor_core is None:
             found.append("no tensor cores")
         return found
 

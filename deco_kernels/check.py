@@ -105,28 +105,35 @@ def float32_matmul(precision: str) -> Iterator[None]:
 
 
 def run(backend: str = "auto", device: str | None = None) -> bool:
-    """Check every case and dtype that ``backend`` takes on ``device``; prints, returns success."""
-    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    kinds = [("float16", "ieee"), ("bfloat16", "ieee"), ("float32", "ieee")]
+    """Check every case in every dtype that ``backend`` takes on ``device``; prints a table.
+
+    Returns:
+        Whether every error is within the bar.
+
+    Raises:
+        RuntimeError: ``backend`` cannot run there at all.
+    """
+    place = torch.device(device or ("cuda:0" if torch.cuda.is_available() else "cpu"))
+    kinds = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
     if place.type == "cuda":
-        place = torch.device(
-            "cuda", torch.cuda.current_device() if place.index is None else place.index
-        )
-        kinds.append(("float32", "tf32"))
-    good = True
-    print("largest error against float64: ours / eager torch's (bar: eager's + 1 ulp)")
-    for dtype_name, precision in kinds:
-        dtype = getattr(torch, dtype_name)
+        kinds["tf32"] = torch.float32
+    print(f"{backend} on {place}; largest error against float64, ours / eager torch's")
+    problems, good = {}, True
+    for label, dtype in kinds.items():
         problem = None if backend == "auto" else unusable(backend, place, dtype)
-        if problem and dtype != torch.float32:
-            print(f"{dtype_name}: skipped, {problem}")
+        if problem:
+            print(f"skip {label}: {problem}")
+            problems[label] = problem
             continue
         for case in CASES:
-            with float32_matmul(precision):
+            with float32_matmul("tf32" if label == "tf32" else "ieee"):
                 found = case_errors(case, dtype, place, backend)
-            good &= all(e.ok for e in found)
-            label = dtype_name if precision == "ieee" else precision
-            print(f"{'ok  ' if all(e.ok for e in found) else 'FAIL'} {label:9} {case}")
+            ok = all(e.ok for e in found)
+            good &= ok
+            print(f"{'ok  ' if ok else 'FAIL'} {label:8} {case}")
             for e in found:
-                print(f"       {'' if e.ok else '!'}{e.name:26} {e.ours:.2e} / {e.eager:.2e}")
+                print(f"     {' ' if e.ok else '!'}{e.name:24} {e.ours:.2e} / {e.eager:.2e}")
+    if len(problems) == len(kinds):
+        raise RuntimeError(f"backend {backend!r} cannot run here: {problems['float32']}")
+    print(f"{'all right' if good else 'WRONG'} (bar: eager's error + 1 ulp of the dtype)")
     return good

@@ -21,17 +21,18 @@ _copies = itertools.count()
 class Copy:
     """A copy of the kernels' source, imported under a name of its own.
 
-    ``edits`` maps a file name to (old, new) texts, each of which must occur once: a mutant.
+    ``edits`` maps texts of ``file``, each of which must occur once, to others: a mutant.
     """
 
-    def __init__(self, folder: Path, edits: dict[str, tuple[str, str]]) -> None:
+    def __init__(self, folder: Path, file: str, edits: dict[str, str]) -> None:
         name = f"kernels_copy_{next(_copies)}"
         package = folder / name
         shutil.copytree(_SOURCE, package, ignore=shutil.ignore_patterns("__pycache__"))
-        for file, (old, new) in edits.items():
-            text = (package / file).read_text()
+        text = (package / file).read_text()
+        for old, new in edits.items():
             assert text.count(old) == 1, f"{old!r} occurs {text.count(old)} times in {file}"
-            (package / file).write_text(text.replace(old, new))
+            text = text.replace(old, new)
+        (package / file).write_text(text)
         sys.path.insert(0, str(folder))
         try:
             self.modules = [

@@ -36,12 +36,21 @@ def test_saved_bytes_of_one_image(layer_num, query_num, expected, trained_tower)
     assert saved_bytes(lambda: fused(x), exclude=fused.parameters()) == expected
 
 
-def test_saved_bytes_of_eager_are_those_of_the_design():
-    oracle = AvgPoolProjector().bfloat16()
+@pytest.mark.parametrize(
+    ("layer_num", "query_num", "frozen", "trained"),
+    [
+        (2, 144, 2_654_208, 3_833_856),
+        (2, 64, 1_179_648, 2_359_296),
+        (1, 144, 294_912, 1_474_560),
+        (1, 64, 131_072, 1_310_720),
+    ],
+)
+def test_saved_bytes_of_eager_are_those_of_the_readme(layer_num, query_num, frozen, trained):
+    oracle = AvgPoolProjector(layer_num, query_num).bfloat16()
     x = torch.randn(1, 576, 1024).bfloat16()
-    assert saved_bytes(lambda: oracle(x), exclude=oracle.parameters()) == 2_654_208
+    assert saved_bytes(lambda: oracle(x), exclude=oracle.parameters()) == frozen
     x.requires_grad_()
-    assert saved_bytes(lambda: oracle(x), exclude=oracle.parameters()) == 3_833_856
+    assert saved_bytes(lambda: oracle(x), exclude=oracle.parameters()) == trained
 
 
 def test_state_dict_goes_both_ways():

@@ -15,11 +15,13 @@ def pool(x: torch.Tensor, table: Table, dtype: torch.dtype) -> torch.Tensor:
     (batch, tokens, channels), (rows, window) = x.shape, table.index.shape
     if batch == 0:
         return x.new_empty(0, rows, channels, dtype=dtype)
-    first = torch.arange(0, batch * tokens, tokens, device=x.device)
-    bags = (table.index + first[:, None, None]).view(-1, window)
-    weights = table.weight.repeat(batch, 1)
-    flat = x.reshape(-1, channels).to(table.weight.dtype)
-    p = F.embedding_bag(bags, flat, mode="sum", per_sample_weights=weights)
+    index, weight, _ = table
+    if batch > 1:
+        first = torch.arange(0, batch * tokens, tokens, device=x.device)
+        index, weight = index + first[:, None, None], weight.repeat(batch, 1)
+    flat = x.reshape(-1, channels).to(weight.dtype)
+    bags = index.view(-1, window)
+    p = F.embedding_bag(bags, flat, mode="sum", per_sample_weights=weight)
     return p.to(dtype).view(batch, rows, channels)
 
 

@@ -79,8 +79,10 @@ def bias_grad_kernel(
 ):
     rn = tl.program_id(0) * RN + tl.arange(0, RN)
     acc = tl.zeros([RN], dtype=tl.float32)
-    for panel in tl.range(0, panels, num_stages=1, loop_unroll_factor=4):
-        acc += tl.load(sums + panel.to(tl.int64) * N + rn, mask=rn < N, other=0.0)
+    sums += rn
+    for _ in tl.range(0, panels, num_stages=1, loop_unroll_factor=4):
+        acc += tl.load(sums, mask=rn < N, other=0.0)
+        sums += N
     tl.store(db + rn, acc.to(db.dtype.element_ty), mask=rn < N)
 
 

@@ -1,4 +1,6 @@
-"""Where do the ticket and the flags live? A zeroed int32 buffer that the kernel leaves zeroed."""
+"""Where do the ticket and the flags live? In zeroed int32 that the kernel leaves zeroed."""
+
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
@@ -20,5 +22,15 @@ def workspace_for(device: torch.device, size: int) -> torch.Tensor:
     buffer = _kept.get(key)
     if buffer is None or len(buffer) < size:
         rounded = 1 << max(10, (size - 1).bit_length())
-        buffer = _kept[key] = torch.zeros(rounded, dtype=torch.int32, device=device)
+        # In a thread of its own: what is kept must not come from a private memory pool that this
+        # thread may be in, such as that of torch.compile's CUDA graphs while they warm up.
+        with ThreadPoolExecutor(1) as thread:
+            buffer = _kept[key] = thread.submit(_zeros, rounded, device).result()
+    return buffer
+
+
+def _zeros(size: int, device: torch.device) -> torch.Tensor:
+    with torch.inference_mode(False):
+        buffer = torch.zeros(size, dtype=torch.int32, device=device)
+    torch.cuda.synchronize(device)  # it was zeroed on another stream than the one that will use it
     return buffer

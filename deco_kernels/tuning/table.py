@@ -21,7 +21,7 @@ _16_BIT = {
 }
 _32_BIT = {
     "bias_grad": _BIAS_GRAD,
-    "pool": Config({"PM": 8, "PK": 256}, num_warps=4, num_stages=1),
+    "pool": Config({"PM": 4, "PK": 256}, num_warps=4, num_stages=1),
     "pool_linear": Config(
         {"PM": 16, "PK": 128, "BM": 128, "BN": 128, "BK": 32}, num_warps=8, num_stages=3
     ),

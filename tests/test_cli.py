@@ -1,0 +1,247 @@
+"""Does ``python -m deco_kernels`` say what is asked, and exit with the right code?"""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+import triton
+
+import deco_kernels
+from deco_kernels import aot, check
+from deco_kernels.__main__ import main
+
+
+def python(*arguments):
+    return subprocess.run(
+        [sys.executable, *arguments],
+        cwd=Path(deco_kernels.__file__).parents[1],
+        capture_output=True,
+        text=True,
+    )
+
+
+def lines_of(report):
+    return dict(re.split(r"\s{2,}", line, maxsplit=1) for line in report.splitlines())
+
+
+def only_line(text):
+    (line,) = text.splitlines()
+    return line
+
+
+def row(**fields):
+    plain = {
+        "kernel": "dact_linear",
+        "backend": "triton",
+        "arch": 90,
+        "config": "GROUP=8",
+        "registers": 142,
+        "spill_bytes": 0,
+        "shared_bytes": 98304,
+        "shared_limit": 232448,
+        "tensor_core": "wgmma",
+        "case": "bf16 dz",
+    }
+    return aot.Row(**{**plain, **fields})
+
+
+def test_help_names_every_command():
+    run = python("-m", "deco_kernels", "--help")
+    assert run.returncode == 0
+    for command in ("info", "check", "compile", "demo"):
+        assert re.search(rf"^ +{command} +\w", run.stdout, re.M)
+
+
+@pytest.mark.parametrize(
+    ("command", "flags"),
+    [
+        ("info", []),
+        ("check", ["--device", "--backend"]),
+        ("compile", ["--arch", "--json"]),
+        ("demo", ["--out", "--steps", "--seed", "--device", "--backend"]),
+    ],
+)
+def test_help_of_a_command_names_its_flags(command, flags, capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main([command, "--help"])
+    found = re.findall(r"^  (--\w+)", capsys.readouterr().out, re.M)
+    assert found == flags
+
+
+def test_info_tells_versions_and_usable_backends(capsys):
+    assert main(["info"]) == 0
+    lines = lines_of(capsys.readouterr().out)
+    assert lines["deco_kernels"] == deco_kernels.__version__
+    assert lines["torch"] == torch.__version__
+    assert lines["triton"] == triton.__version__
+    assert lines["float32 products"] == torch.backends.cuda.matmul.fp32_precision
+    assert lines["backend eager"] == "usable"
+    assert "float64 not usable: float64 is left to torch" in lines["backend triton"]
+    assert sum(name.startswith("device cuda:") for name in lines) == torch.cuda.device_count()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="triton is usable on this GPU")
+def test_info_tells_why_a_backend_is_not_usable(capsys):
+    main(["info"])
+    lines = lines_of(capsys.readouterr().out)
+    assert re.search(r"bfloat16\b.* not usable: .*\bcpu\b", lines["backend triton"]) or (
+        triton.knobs.runtime.interpret
+    )
+    assert lines["backend auto"].startswith("eager on cpu: ")
+
+
+def test_without_triton_info_works_and_compile_says_what_is_missing():
+    run = python(
+        "-c",
+        "import sys; sys.modules['triton'] = None; from deco_kernels.__main__ import main; "
+        "assert main(['info']) == 0; sys.exit(main(['compile']))",
+    )
+    lines = lines_of(run.stdout)
+    assert lines["triton"].startswith("missing (")
+    assert lines["backend triton"].startswith("not usable: triton cannot be imported (")
+    assert re.match(r"deco_kernels: error: .*triton", only_line(run.stderr))
+    assert run.returncode == 2
+
+
+@pytest.mark.skipif(triton.knobs.runtime.interpret, reason="the interpreter compiles nothing")
+def test_compile_prints_json_and_nothing_else(monkeypatch, capfd):
+    names = ["fp32 pool 576->144 backward", "bf16 dz"]
+    chosen = {name: aot.cases()[name] for name in names}
+    monkeypatch.setattr(aot, "cases", lambda: chosen)
+    monkeypatch.setattr(aot, "MOST_WORKERS", 1)  # another one would import torch once more
+    assert main(["compile", "--arch", "80,90", "--json"]) == 0
+    out, err = capfd.readouterr()
+    assert err == ""
+    rows = json.loads(out)
+    assert [(r["arch"], r["case"]) for r in rows] == [(a, n) for a in (80, 90) for n in names]
+    pool, product = rows[2:]
+    assert (
+        set(pool)
+        == set(product)
+        == {
+            *("kernel", "backend", "arch", "config", "registers", "spill_bytes"),
+            *("shared_bytes", "shared_limit", "tensor_core", "case"),
+        }
+    )
+    assert (pool["kernel"], pool["tensor_core"]) == ("pool", None)
+    assert pool["config"] == "PM=4 PK=256 warps=4 stages=1"
+    assert product["kernel"] == "dact_linear"
+    assert product["tensor_core"] == "wgmma"
+    assert product["spill_bytes"] == 0
+    assert 0 < product["shared_bytes"] <= product["shared_limit"] == 232448
+    assert product["registers"] > 0
+
+
+def test_compile_prints_an_aligned_table_and_a_summary(monkeypatch, capsys):
+    pool = row(kernel="pool", config="PM=8 PK=512", registers=37, tensor_core=None)
+    monkeypatch.setattr(aot, "table", lambda archs: iter([[row()], [pool]]))
+    assert main(["compile"]) == 0
+    header, *lines, summary = capsys.readouterr().out.splitlines()
+    for line, config in zip(lines, ("GROUP=8", "PM=8 PK=512"), strict=True):
+        assert line.index(config) == header.index("config")
+        assert line.startswith("sm_90")
+    assert lines[1].split()[-1] == "-"
+    assert summary.startswith("all 2 fit")
+
+
+@pytest.mark.parametrize(
+    ("fields", "problem"),
+    [
+        ({"spill_bytes": 8}, "! spills 8 bytes"),
+        ({"kernel": "pool", "tensor_core": None, "spill_bytes": 16}, "! spills 16 bytes"),
+        ({"shared_bytes": 232449}, "! 232449 of 232448 bytes of shared memory"),
+        ({"tensor_core": None}, "! no tensor cores"),
+    ],
+)
+@pytest.mark.parametrize("flags", [[], ["--json"]])
+def test_compile_fails_if_one_row_must_not_ship(monkeypatch, capsys, fields, problem, flags):
+    monkeypatch.setattr(aot, "table", lambda archs: iter([[row()], [row(**fields)], [row()]]))
+    assert main(["compile", *flags]) == 1
+    out = capsys.readouterr().out
+    if not flags:
+        _, good, bad, _, summary = out.splitlines()
+        assert bad.endswith(problem)
+        assert "!" not in good
+        assert summary.startswith("1 of 3 must not ship")
+
+
+def test_compile_is_for_every_generation_by_default(monkeypatch):
+    asked = []
+    monkeypatch.setattr(aot, "table", lambda archs: asked.append(archs) or iter([[row()]]))
+    main(["compile"])
+    assert asked == [[80, 90, 100, 120]]
+
+
+def test_an_unknown_arch_is_one_line_of_error_that_lists_the_known(capsys):
+    assert main(["compile", "--arch", "80,75"]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    line = only_line(err)
+    assert line == "deco_kernels: error: unknown arch 75; known are 80, 86, 89, 90, 100, 120"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "arguments are required: command"),
+        (["compile", "--arch", "80,x"], "'80,x' is not a list of compute capabilities"),
+        (["compile", "--arch", ""], "'' is not a list of compute capabilities"),
+        (["check", "--backend", "metal"], "invalid choice: 'metal'"),
+        (["demo", "--steps", "many"], "invalid int value: 'many'"),
+        (["fly"], "invalid choice: 'fly'"),
+    ],
+)
+def test_bad_arguments_are_refused(capsys, arguments, message):
+    with pytest.raises(SystemExit, match="2"):
+        main(arguments)
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("good", "code"), [(True, 0), (False, 1)])
+def test_check_exits_by_its_verdict(monkeypatch, good, code):
+    asked = []
+    monkeypatch.setattr(check, "run", lambda **options: asked.append(options) or good)
+    assert main(["check"]) == code
+    assert main(["check", "--backend", "eager", "--device", "cpu"]) == code
+    assert asked == [{}, {"backend": "eager", "device": "cpu"}]
+
+
+def test_a_device_that_does_not_exist_is_one_line_of_error(capsys):
+    assert main(["check", "--device", "teapot"]) == 2
+    assert re.match(r"deco_kernels: error: .*teapot", only_line(capsys.readouterr().err))
+
+
+@pytest.mark.parametrize("error", [ValueError, TypeError, RuntimeError, ImportError])
+def test_errors_of_the_users_making_are_one_line(monkeypatch, capsys, error):
+    def run(**options):
+        raise error("too many layers\nand a long story")
+
+    monkeypatch.setattr(check, "run", run)
+    assert main(["check"]) == 2
+    assert only_line(capsys.readouterr().err) == "deco_kernels: error: too many layers"
+
+
+def test_errors_of_ours_keep_their_traceback(monkeypatch):
+    def run(**options):
+        raise AssertionError
+
+    monkeypatch.setattr(check, "run", run)
+    with pytest.raises(AssertionError):
+        main(["check"])
+
+
+def test_demo_gets_what_was_given_and_no_more(monkeypatch):
+    asked = []
+    demo = ModuleType("deco_kernels.demo")
+    demo.run = lambda **options: asked.append(options)
+    monkeypatch.setitem(sys.modules, "deco_kernels.demo", demo)
+    assert main(["demo"]) == 0
+    arguments = "--out a.png --steps 5 --seed 1 --device cpu --backend eager"
+    assert main(["demo", *arguments.split()]) == 0
+    given = {"out": Path("a.png"), "steps": 5, "seed": 1, "device": "cpu", "backend": "eager"}
+    assert asked == [{}, given]
