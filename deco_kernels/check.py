@@ -13,7 +13,7 @@ from .reference import AvgPoolProjector
 
 
 class Case(NamedTuple):
-    """One projector and its tokens: ``tower`` trained or frozen, x a strided view or not."""
+    """A projector and its tokens, which may be a strided view."""
 
     batch: int
     side: int

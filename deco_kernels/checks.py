@@ -1,6 +1,7 @@
 """Is the input what we can work with? Every check, before anything is launched or changed."""
 
 import math
+import operator
 from collections.abc import Sequence
 
 import torch
@@ -10,9 +11,10 @@ MAX_BYTES = 2**63 - 1
 
 
 def check_count(name: str, value: object) -> int:
-    """A positive integer."""
-    if isinstance(value, bool) or not isinstance(value, int):
+    """A positive integer, of Python's or any other kind of int."""
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
         raise TypeError(f"{name} must be an int, got {type(value).__name__} {value!r}")
+    value = operator.index(value)
     if value < 1:
         raise ValueError(f"{name} must be at least 1, got {value}")
     return value
@@ -35,21 +37,21 @@ def square_side(name: str, count: int, hint: str = "") -> int:
 
 def check_tokens(name: str, x: torch.Tensor) -> None:
     """A floating-point tensor [B, n, K]."""
-    _check_float(name, x)
+    check_float(name, x)
     if x.dim() != 3:
         raise ValueError(f"{name} must be [batch, tokens, channels], got shape {list(x.shape)}")
 
 
 def check_size(shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    """An output whose bytes an int64 can count."""
-    if math.prod(shape) * dtype.itemsize > MAX_BYTES:
+    """An output whose bytes an int64 can count; in a compiled graph torch sees to that."""
+    if not torch.compiler.is_compiling() and math.prod(shape) * dtype.itemsize > MAX_BYTES:
         raise ValueError(f"an output of shape {list(shape)} and {dtype} exceeds the int64 range")
 
 
 def check_linear(name: str, x: torch.Tensor, weight: torch.Tensor, any_float: bool = False) -> None:
     """A weight [N, K] for x [B, n, K]; of x's dtype unless ``any_float``."""
-    _check_float("weight", weight)
-    if weight.dim() != 2 or weight.shape[1] != x.shape[2] or weight.shape[0] < 1:
+    check_float("weight", weight)
+    if weight.dim() != 2 or weight.shape[1] != x.shape[2] or 0 in weight.shape:
         raise ValueError(
             f"weight must be [out, {x.shape[2]}] for the {x.shape[2]} channels of {name},"
             f" got shape {list(weight.shape)}"
@@ -64,7 +66,7 @@ def check_bias(weight: torch.Tensor, bias: torch.Tensor | None) -> None:
     """None, or a bias [N] for a weight [N, K]."""
     if bias is None:
         return
-    _check_float("bias", bias)
+    check_float("bias", bias)
     if bias.shape != weight.shape[:1]:
         raise ValueError(f"bias must be [{weight.shape[0]}], got shape {list(bias.shape)}")
     if bias.device != weight.device:
@@ -73,7 +75,7 @@ def check_bias(weight: torch.Tensor, bias: torch.Tensor | None) -> None:
         raise TypeError(f"weight is {weight.dtype}, but bias is {bias.dtype}")
 
 
-def _check_float(name: str, x: torch.Tensor) -> None:
+def check_float(name: str, x: torch.Tensor) -> None:
     if not isinstance(x, torch.Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
     if x.dtype not in FLOATS:

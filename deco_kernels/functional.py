@@ -6,7 +6,7 @@ from torch.autograd.function import once_differentiable
 
 from . import ops
 from .backends import choose
-from .checks import check_bias, check_linear, check_size, check_tokens
+from .checks import check_bias, check_float, check_linear, check_size, check_tokens
 from .stencil import Stencil
 
 ACTIVATIONS = (None, "gelu")
@@ -160,6 +160,7 @@ def pool_linear(
     """
     _check_pooling(x, stencil)
     _check_activation(activation)
+    check_float("weight", weight)
     weight, bias, autocast = _autocast(x, weight, bias)
     check_linear("x", x, weight, any_float=autocast)
     check_bias(weight, bias)
@@ -201,6 +202,7 @@ def act_linear(
         raise TypeError(f"hidden must come from pool_linear or act_linear, got {type(hidden)}")
     _check_activation(activation)
     z, g, z_bias = hidden._z, hidden._g, hidden._bias
+    check_float("weight", weight)
     weight, bias, _ = _autocast(g, weight, bias)
     check_linear("hidden", g, weight)
     check_bias(weight, bias)
@@ -212,10 +214,18 @@ def act_linear(
         y = _ActLinear.apply(z, z_bias, g, weight, own_bias, backend)
     if activation is None:
         return y
-    keep_z = _any_requires_grad(z, weight, bias)
+    keep_z = _any_requires_grad(y, bias)
     with torch.no_grad():
         g = F.gelu(y)
     return Hidden(y if keep_z else None, g, bias)
+
+
+def autocast_dtype(x: torch.Tensor) -> torch.dtype | None:
+    """What autocast would compute a linear layer of x in; None if it is off or leaves x alone."""
+    device = x.device.type
+    if x.dtype == torch.float64 or not torch.amp.is_autocast_available(device):
+        return None
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
 
 
 def _check_pooling(x: torch.Tensor, stencil: Stencil) -> None:
@@ -243,8 +253,7 @@ def _autocast(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor | None, bool]:
     """Weight and bias as autocast wants them, and whether it is on for them."""
-    device = x.device.type
-    if not torch.is_autocast_enabled(device) or torch.float64 in (x.dtype, weight.dtype):
+    dtype = autocast_dtype(x)
+    if dtype is None or weight.dtype == torch.float64:
         return weight, bias, False
-    dtype = torch.get_autocast_dtype(device)
     return weight.to(dtype), None if bias is None else bias.to(dtype), True

@@ -7,12 +7,14 @@ from .stencil import Table
 
 _library = torch.library.Library("deco_kernels", "DEF")
 _library.define(
-    "pool(Tensor x, Tensor index, Tensor weight, bool ragged, ScalarType dtype, str backend)"
+    "pool(Tensor x, Tensor index, Tensor weight, bool ragged, str geometry,"
+    " ScalarType dtype, str backend)"
     " -> Tensor"
 )
 _library.define(
-    "pool_linear(Tensor x, Tensor index, Tensor weight, bool ragged, Tensor w, Tensor? bias,"
-    " str? activation, bool keep_z, str backend) -> (Tensor p, Tensor z, Tensor g)"
+    "pool_linear(Tensor x, Tensor index, Tensor weight, bool ragged, str geometry,"
+    " Tensor w, Tensor? bias, str? activation, bool keep_z, str backend)"
+    " -> (Tensor p, Tensor z, Tensor g)"
 )
 _library.define(
     "dact_linear(Tensor dy, Tensor w, Tensor z, bool want_g, bool want_db, str backend)"
@@ -31,20 +33,20 @@ def _filled(like: torch.Tensor, *outputs: torch.Tensor | None) -> Three:
     return tuple(like.new_empty(0) if t is None else t for t in outputs)
 
 
-def _refuse_grad(*tensors: torch.Tensor) -> None:
+def _refuse_grad(*tensors: torch.Tensor | None) -> None:
     """Raise where autograd would look on: it is taught in `functional`, outside the operators."""
-    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
         raise RuntimeError("operators do not differentiate: call pool, pool_linear or act_linear")
 
 
-def _pool(x, index, weight, ragged, dtype, backend) -> torch.Tensor:
+def _pool(x, index, weight, ragged, geometry, dtype, backend) -> torch.Tensor:
     _refuse_grad(x)
-    return backends.get(backend).pool(x, Table(index, weight, ragged), dtype)
+    return backends.get(backend).pool(x, Table(index, weight, ragged, geometry), dtype)
 
 
-def _pool_linear(x, index, weight, ragged, w, bias, activation, keep_z, backend) -> Three:
-    _refuse_grad(x, w)
-    table = Table(index, weight, ragged)
+def _pool_linear(x, index, weight, ragged, geometry, w, bias, activation, keep_z, backend) -> Three:
+    _refuse_grad(x, w, bias)
+    table = Table(index, weight, ragged, geometry)
     out = backends.get(backend).pool_linear(x, table, w, bias, activation, keep_z)
     return _filled(w, *out)
 
@@ -54,19 +56,18 @@ def _dact_linear(dy, w, z, want_g, want_db, backend) -> Three:
     return _filled(z, *backends.get(backend).dact_linear(dy, w, z, want_g, want_db))
 
 
-for _key in ("CPU", "CUDA"):
-    _library.impl("pool", _pool, _key)
-    _library.impl("pool_linear", _pool_linear, _key)
-    _library.impl("dact_linear", _dact_linear, _key)
+_library.impl("pool", _pool, "CompositeExplicitAutograd")
+_library.impl("pool_linear", _pool_linear, "CompositeExplicitAutograd")
+_library.impl("dact_linear", _dact_linear, "CompositeExplicitAutograd")
 
 
 @torch.library.register_fake("deco_kernels::pool", lib=_library)
-def _(x, index, weight, ragged, dtype, backend) -> torch.Tensor:
+def _(x, index, weight, ragged, geometry, dtype, backend) -> torch.Tensor:
     return x.new_empty(x.shape[0], index.shape[0], x.shape[2], dtype=dtype)
 
 
 @torch.library.register_fake("deco_kernels::pool_linear", lib=_library)
-def _(x, index, weight, ragged, w, bias, activation, keep_z, backend) -> Three:
+def _(x, index, weight, ragged, geometry, w, bias, activation, keep_z, backend) -> Three:
     p = w.new_empty(x.shape[0], index.shape[0], x.shape[2])
     z = w.new_empty(*p.shape[:2], w.shape[0])
     return _filled(w, p, z if keep_z else None, None if activation is None else torch.empty_like(z))

@@ -1,6 +1,5 @@
 """What do I put in my model? The drop-in module."""
 
-import math
 from typing import NamedTuple
 
 import torch
@@ -80,16 +79,19 @@ class FusedAvgPoolProjector(AvgPoolProjector):
             TypeError: ``module`` is not built like that.
         """
         sampler, mlp = getattr(module, "sampler", None), getattr(module, "mlp_projector", None)
-        if not isinstance(sampler, nn.AdaptiveAvgPool2d) or not isinstance(mlp, nn.Sequential):
+        side = _square_output(sampler)
+        if side is None or not isinstance(mlp, nn.Sequential) or not len(mlp):
             raise TypeError(
-                "module must have a sampler (AdaptiveAvgPool2d) and an mlp_projector (Sequential)"
-                f" like AvgPoolProjector, got {type(module).__name__}"
+                "module must have a sampler (AdaptiveAvgPool2d to a square) and an mlp_projector"
+                f" (Sequential of linear layers) like AvgPoolProjector, got {type(module).__name__}"
             )
-        side = sampler.output_size
+        for i in (0, -1):
+            if not hasattr(mlp[i], "in_features"):
+                raise TypeError(f"mlp_projector[{i}] must be linear, got {type(mlp[i]).__name__}")
         with torch.device("meta"):  # the children made here are replaced below
             fused = cls(
                 (len(mlp) + 1) // 2,
-                math.prod(side) if isinstance(side, tuple) else side * side,
+                side * side,
                 mlp[0].in_features,
                 mlp[-1].out_features,
                 backend=backend,
@@ -137,12 +139,10 @@ class FusedAvgPoolProjector(AvgPoolProjector):
     def explain(self, x: torch.Tensor | None = None) -> Plan:
         """Which backend and path a call takes, and why: for ``x``, or tokens like the weights."""
         like = x if x is not None else next(self.parameters())
-        dtype = like.dtype
-        if torch.is_autocast_enabled(like.device.type) and dtype != torch.float64:
-            dtype = torch.get_autocast_dtype(like.device.type)
+        dtype = functional.autocast_dtype(like) or like.dtype
         backend, reason = choose(self.backend, like.device, dtype)
         sampler = self.sampler
-        if not _plain(sampler, nn.AdaptiveAvgPool2d) or sampler.output_size != (self._side,) * 2:
+        if not _plain(sampler, nn.AdaptiveAvgPool2d) or _square_output(sampler) != self._side:
             return Plan("eager", "modules", "sampler was changed or is hooked")
         problem = self._unreadable()
         return Plan(backend, "pooled" if problem else "fused", problem or reason)
@@ -150,7 +150,7 @@ class FusedAvgPoolProjector(AvgPoolProjector):
     def _check(self, x: torch.Tensor, grid: tuple[int, int] | None) -> tuple[int, int]:
         """The grid of the tokens ``x``, once they are what the projector takes."""
         check_tokens("x", x)
-        tokens, channels = x.shape[1:]
+        tokens, channels = len(range(x.shape[1])), x.shape[2]  # torch.compile: tokens are constant
         if channels != self.mm_hidden_size:
             raise ValueError(
                 f"x must have mm_hidden_size = {self.mm_hidden_size} channels, got {channels}"
@@ -179,6 +179,15 @@ class FusedAvgPoolProjector(AvgPoolProjector):
         if len(self.mlp_projector) % 2 == 0:
             return "mlp_projector does not end with a linear layer"
         return None
+
+
+def _square_output(sampler: nn.Module | None) -> int | None:
+    """The side of the square that an average pooling makes; None if it is no such pooling."""
+    if not isinstance(sampler, nn.AdaptiveAvgPool2d):
+        return None
+    size = sampler.output_size
+    sides = {size} if isinstance(size, int) else set(size)
+    return sides.pop() if len(sides) == 1 else None
 
 
 def _plain(module: nn.Module, kind: type[nn.Module]) -> bool:

@@ -4,10 +4,9 @@ import math
 from typing import NamedTuple
 
 import torch
+from torch.utils._python_dispatch import _disable_current_modes
 
 from .checks import check_grid
-
-Geometry = tuple[str, tuple[int, int], tuple[int, int]]
 
 
 class Table(NamedTuple):
@@ -15,15 +14,17 @@ class Table(NamedTuple):
 
     ``index`` [R, T] int32 and ``weight`` [R, T] (float32, or float64 for float64 tokens) on one
     device. T is the longest window; shorter ones are padded with weight 0 (and an index of the
-    same window), and then ``ragged`` is true.
+    same window), and then ``ragged`` is true. ``geometry`` names what torch has an operator for:
+    the stencil's geometry for its rows, nothing for its columns.
     """
 
     index: torch.Tensor
     weight: torch.Tensor
     ragged: bool
+    geometry: str
 
     def to(self, device: torch.device, dtype: torch.dtype) -> "Table":
-        return Table(self.index.to(device), self.weight.to(device, dtype), self.ragged)
+        return self._replace(index=self.index.to(device), weight=self.weight.to(device, dtype))
 
 
 class Stencil:
@@ -34,21 +35,19 @@ class Stencil:
     asks for them.
 
     Attributes:
-        geometry: the constructor and its arguments.
+        geometry: the constructor and its arguments, as "adaptive 24x24 12x12".
         n_in: number of input tokens.
         n_out: number of output tokens.
     """
 
     __slots__ = ("geometry", "n_in", "n_out")
 
-    def __init__(self, geometry: Geometry, n_in: int, n_out: int) -> None:
+    def __init__(self, geometry: str, n_in: int, n_out: int) -> None:
         """For the constructors."""
         self.geometry, self.n_in, self.n_out = geometry, n_in, n_out
 
     def __repr__(self) -> str:
-        kind, *grids = self.geometry
-        grids = " -> ".join("x".join(map(str, grid)) for grid in grids)
-        return f"Stencil.{kind}({grids}: {self.n_in} -> {self.n_out} tokens)"
+        return f"Stencil({self.geometry}: {self.n_in} -> {self.n_out} tokens)"
 
     @classmethod
     def adaptive(cls, grid_in: tuple[int, int], grid_out: tuple[int, int]) -> "Stencil":
@@ -62,8 +61,9 @@ class Stencil:
             TypeError, ValueError: a grid is not a pair of positive integers.
         """
         grid_in, grid_out = check_grid("grid_in", grid_in), check_grid("grid_out", grid_out)
-        geometry = ("adaptive", grid_in, grid_out)
-        return cls(geometry, grid_in[0] * grid_in[1], grid_out[0] * grid_out[1])
+        (h, w), (out_h, out_w) = grid_in, grid_out
+        # A string, because torch.compile takes it for constant even where it lets integers vary.
+        return cls(f"adaptive {h}x{w} {out_h}x{out_w}", h * w, out_h * out_w)
 
     def tables(
         self, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float64
@@ -76,29 +76,35 @@ class Stencil:
         return _placed(self.geometry, torch.device(device), dtype)
 
 
-_tables: dict[tuple[Geometry, torch.device, torch.dtype], tuple[Table, Table]] = {}
+_tables: dict[tuple[str, torch.device, torch.dtype], tuple[Table, Table]] = {}
 
 
 @torch.compiler.assume_constant_result  # a compiled graph takes the tables as they are
-def _placed(geometry: Geometry, device: torch.device, dtype: torch.dtype) -> tuple[Table, Table]:
+def _placed(geometry: str, device: torch.device, dtype: torch.dtype) -> tuple[Table, Table]:
     key = geometry, device, dtype
     tables = _tables.get(key)
     if tables is None:
         # What is kept must serve every caller, whatever mode and default device this one is in.
-        with torch.inference_mode(False), torch.device("cpu"):
+        with _disable_current_modes(), torch.device("cpu"), torch.inference_mode(False):
             rows, columns = _build(geometry)
             tables = _tables[key] = rows.to(device, dtype), columns.to(device, dtype)
     return tables
 
 
-def _build(geometry: Geometry) -> tuple[Table, Table]:
-    _, grid_in, grid_out = geometry
+def adaptive_grids(geometry: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The grids (h, w) of tokens in and out that an adaptive geometry names."""
+    _, grid_in, grid_out = geometry.split()
+    return tuple(map(int, grid_in.split("x"))), tuple(map(int, grid_out.split("x")))
+
+
+def _build(geometry: str) -> tuple[Table, Table]:
+    grid_in, grid_out = adaptive_grids(geometry)
     (index_h, weight_h), (index_w, weight_w) = map(_adaptive_axis, grid_in, grid_out)
     index = index_h[:, None, :, None] * grid_in[1] + index_w[None, :, None, :]
     weight = weight_h[:, None, :, None] * weight_w[None, :, None, :]
     n_out = math.prod(grid_out)
     index, weight = index.reshape(n_out, -1), weight.reshape(n_out, -1)
-    return _table(index, weight), _transposed(index, weight, math.prod(grid_in))
+    return _table(index, weight, geometry), _transposed(index, weight, math.prod(grid_in))
 
 
 def _adaptive_axis(n_in: int, n_out: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -110,8 +116,9 @@ def _adaptive_axis(n_in: int, n_out: int) -> tuple[torch.Tensor, torch.Tensor]:
     return index.minimum(end - 1), inside.double() / (end - start)
 
 
-def _table(index: torch.Tensor, weight: torch.Tensor) -> Table:
-    return Table(index.int().contiguous(), weight.contiguous(), bool((weight == 0).any()))
+def _table(index: torch.Tensor, weight: torch.Tensor, geometry: str = "") -> Table:
+    ragged = bool((weight == 0).any())
+    return Table(index.int().contiguous(), weight.contiguous(), ragged, geometry)
 
 
 def _transposed(index: torch.Tensor, weight: torch.Tensor, n_in: int) -> Table:

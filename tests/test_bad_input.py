@@ -28,7 +28,7 @@ BAD_CALLS = {
     "stencil of another grid": (
         lambda: pool(X, Stencil.adaptive((5, 4), (2, 2))),
         ValueError,
-        r"x has 16 tokens, but Stencil.adaptive\(5x4 -> 2x2: 20 -> 4 tokens\) takes 20",
+        r"x has 16 tokens, but Stencil\(adaptive 5x4 2x2: 20 -> 4 tokens\) takes 20",
     ),
     "no stencil": (lambda: pool(X, (2, 2)), TypeError, "stencil must be a Stencil, got tuple"),
     "weight shape": (
@@ -37,6 +37,16 @@ BAD_CALLS = {
         r"weight must be \[out, 8\] for the 8 channels of x, got shape \[6, 7\]",
     ),
     "weight rank": (lambda: pool_linear(X, B, None, STENCIL), ValueError, r"got shape \[6\]"),
+    "no channels": (
+        lambda: pool_linear(X[..., :0], W[:, :0], B, STENCIL),
+        ValueError,
+        r"weight must be \[out, 0\]",
+    ),
+    "integer weight under autocast": (
+        lambda: torch.autocast("cpu")(pool_linear)(X, W.int(), B, STENCIL),
+        TypeError,
+        "weight must be",
+    ),
     "integer weight": (lambda: pool_linear(X, W.int(), B, STENCIL), TypeError, "weight must be"),
     "mixed dtypes": (
         lambda: pool_linear(X, W.half(), B.half(), STENCIL),
@@ -154,6 +164,30 @@ def test_projector_input(no_launch, x, grid, error, message):
         FusedAvgPoolProjector(2, 4, 8, 8)(x, grid)
 
 
-def test_from_reference_wants_such_a_module():
-    with pytest.raises(TypeError, match=r"must have a sampler .* got Linear"):
-        FusedAvgPoolProjector.from_reference(torch.nn.Linear(2, 2))
+def built(sampler, *layers):
+    module = torch.nn.Module()
+    module.sampler, module.mlp_projector = sampler, torch.nn.Sequential(*layers)
+    return module
+
+
+LINEAR, SQUARE = torch.nn.Linear(8, 8), torch.nn.AdaptiveAvgPool2d((2, 2))
+
+
+@pytest.mark.parametrize(
+    ("module", "message"),
+    [
+        (LINEAR, r"must have a sampler .* got Linear"),
+        (built(torch.nn.AdaptiveMaxPool2d(2), LINEAR), "must have a sampler"),
+        (built(torch.nn.AdaptiveAvgPool2d((1, 4)), LINEAR), "must have a sampler"),
+        (built(torch.nn.AdaptiveAvgPool2d((2, None)), LINEAR), "must have a sampler"),
+        (built(SQUARE), "must have a sampler"),
+        (
+            built(SQUARE, torch.nn.LayerNorm(8), LINEAR),
+            r"mlp_projector\[0\] must be linear, got LayerN",
+        ),
+        (built(SQUARE, LINEAR, torch.nn.GELU()), r"mlp_projector\[-1\] must be linear, got GELU"),
+    ],
+)
+def test_from_reference_wants_such_a_module(module, message):
+    with pytest.raises(TypeError, match=message):
+        FusedAvgPoolProjector.from_reference(module)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.library import opcheck
 
-from deco_kernels import AvgPoolProjector, FusedAvgPoolProjector, Stencil, ops
+from deco_kernels import AvgPoolProjector, FusedAvgPoolProjector, Stencil, ops, pool_linear
 
 
 def tables(dtype=torch.float32):
@@ -52,6 +52,40 @@ def test_compile_without_graph_breaks_and_with_dynamic_batch(layer_num):
             runs.append([y, *torch.autograd.grad(y.square().sum(), [x, *oracle.parameters()])])
         torch.testing.assert_close(*runs, rtol=1e-5, atol=1e-5)
     assert len(graphs) == 2  # one for the first batch size, one for all others
+
+
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_compile_with_changing_grids(dynamic):
+    torch.compiler.reset()
+    oracle = AvgPoolProjector(2, 4, 8, 16)
+    fused = FusedAvgPoolProjector.from_reference(oracle)
+    compiled = torch.compile(fused, fullgraph=True, dynamic=dynamic, backend="eager")
+    for side in (3, 4, 5):
+        x = torch.randn(side, side * side, 8)
+        torch.testing.assert_close(compiled(x), oracle(x))
+    for grid in ((3, 4), (4, 3), (2, 6)):
+        x = torch.randn(2, 12, 8)
+        torch.testing.assert_close(compiled(x, grid), fused(x, grid))
+
+
+def test_compile_functions_with_dynamic_sizes():
+    torch.compiler.reset()
+    stencil = Stencil.adaptive((4, 4), (2, 2))
+    w = torch.randn(6, 8)
+    compiled = torch.compile(pool_linear, fullgraph=True, dynamic=True, backend="eager")
+    for batch in (1, 2, 3):
+        x = torch.randn(batch, 16, 8)
+        found = compiled(x, w, None, stencil)
+        torch.testing.assert_close(found, pool_linear(x, w, None, stencil))
+
+
+def test_export_with_dynamic_batch():
+    fused = FusedAvgPoolProjector(2, 9, 8, 16).eval()
+    x = torch.randn(2, 25, 8)
+    shapes = {"x": {0: torch.export.Dim("b", min=1, max=64)}}
+    program = torch.export.export(fused, (x,), dynamic_shapes=shapes)
+    again = torch.randn(5, 25, 8)
+    torch.testing.assert_close(program.module()(again), fused(again))
 
 
 def test_compile_with_inductor():

@@ -82,7 +82,9 @@ def test_from_reference_takes_a_look_alike():
             self.sampler = nn.AdaptiveAvgPool2d(3)
             self.mlp_projector = nn.Sequential(nn.Linear(8, 12))
 
-    assert FusedAvgPoolProjector.from_reference(Seed())(torch.randn(1, 16, 8)).shape == (1, 9, 12)
+    fused = FusedAvgPoolProjector.from_reference(Seed())
+    assert fused.explain().path == "fused"
+    assert fused(torch.randn(1, 16, 8)).shape == (1, 9, 12)
 
 
 def test_same_initialisation_as_the_oracle():
@@ -245,6 +247,26 @@ def test_inference_and_no_grad():
     with torch.inference_mode():
         torch.testing.assert_close(fused(x), oracle(x))
     assert saved_bytes(lambda: fused.requires_grad_(False)(x)) == 0
+
+
+def test_any_parameters_may_be_frozen():
+    """Every choice of what trains gets the gradients that the oracle gets."""
+    oracle, fused = pair(3)
+    parameters = dict(oracle.named_parameters())
+    x, dy = torch.randn(2, 16, 8), torch.randn(2, 4, 12)
+    for chosen in range(1, 2 ** len(parameters)):
+        for i, parameter in enumerate(parameters.values()):
+            parameter.requires_grad_(bool(chosen >> i & 1))
+        alive = [p for p in parameters.values() if p.requires_grad]
+        found, want = (torch.autograd.grad(m(x), alive, dy) for m in (fused, oracle))
+        torch.testing.assert_close(found, want)
+
+
+def test_meta_device():
+    _, fused = pair()
+    fused.to("meta")
+    assert fused(torch.empty(2, 16, 8, device="meta")).shape == (2, 4, 12)
+    assert fused.explain().path == "fused"
 
 
 def test_training_takes_the_same_steps():

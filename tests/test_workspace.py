@@ -1,6 +1,7 @@
 """Is the dataflow kernel's workspace safe with streams and CUDA graphs?"""
 
 import threading
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -23,6 +24,7 @@ def fake_cuda(monkeypatch):
 
     monkeypatch.setattr(workspace, "_kept", {})
     monkeypatch.setattr(torch, "zeros", make)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: state.capturing)
     monkeypatch.setattr(

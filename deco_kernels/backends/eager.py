@@ -3,7 +3,7 @@
 import torch
 import torch.nn.functional as F
 
-from ..stencil import Table
+from ..stencil import Table, adaptive_grids
 
 
 def unusable(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -11,18 +11,29 @@ def unusable(device: torch.device, dtype: torch.dtype) -> str | None:
 
 
 def pool(x: torch.Tensor, table: Table, dtype: torch.dtype) -> torch.Tensor:
-    """[B, n_in, K] -> [B, rows, K] of ``dtype``; sums in the weights' dtype."""
+    """[B, n_in, K] -> [B, rows, K] of ``dtype``; by torch's own pooling where it has one."""
+    if x.shape[0] == 0:
+        return x.new_empty(0, len(table.index), x.shape[2], dtype=dtype)
+    if table.geometry:
+        return _adaptive(x, table.geometry).to(dtype)
+    return _gather(x, table).to(dtype)
+
+
+def _adaptive(x: torch.Tensor, geometry: str) -> torch.Tensor:
+    grid_in, grid_out = adaptive_grids(geometry)
+    grid = x.unflatten(1, grid_in).permute(0, 3, 1, 2)
+    return F.adaptive_avg_pool2d(grid, grid_out).permute(0, 2, 3, 1).flatten(1, 2).contiguous()
+
+
+def _gather(x: torch.Tensor, table: Table) -> torch.Tensor:
+    """Sums in the weights' dtype."""
     (batch, tokens, channels), (rows, window) = x.shape, table.index.shape
-    if batch == 0:
-        return x.new_empty(0, rows, channels, dtype=dtype)
-    index, weight, _ = table
-    if batch > 1:
-        first = torch.arange(0, batch * tokens, tokens, device=x.device)
-        index, weight = index + first[:, None, None], weight.repeat(batch, 1)
-    flat = x.reshape(-1, channels).to(weight.dtype)
-    bags = index.view(-1, window)
-    p = F.embedding_bag(bags, flat, mode="sum", per_sample_weights=weight)
-    return p.to(dtype).view(batch, rows, channels)
+    first = torch.arange(0, batch * tokens, tokens, device=x.device)
+    bags = (table.index + first[:, None, None]).view(-1, window)
+    weights = table.weight.repeat(batch, 1)
+    flat = x.reshape(-1, channels).to(table.weight.dtype)
+    p = F.embedding_bag(bags, flat, mode="sum", per_sample_weights=weights)
+    return p.view(batch, rows, channels)
 
 
 def pool_linear(

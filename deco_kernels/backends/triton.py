@@ -2,7 +2,7 @@
 
 import torch
 
-from ..kernels.launch import standing_in
+from ..kernels.launch import chip_of, standing_in
 from ..stencil import Table
 from ..tuning import config_for
 from . import eager
@@ -28,12 +28,10 @@ def unusable(device: torch.device, dtype: torch.dtype) -> str | None:
     if standing_in():
         return None
     if device.type == "cuda":
-        major, minor = torch.cuda.get_device_capability(device)
         if torch.version.hip is not None:
             return "AMD GPUs are not supported"
-        if major < 8:
-            return f"compute capability {major}.{minor} is below 8.0"
-        return None
+        arch = chip_of(device).arch
+        return None if arch >= 80 else f"compute capability {arch / 10} is below 8.0"
     if device.type == "cpu" and triton.knobs.runtime.interpret:
         return "Triton's interpreter computes bfloat16 wrongly" if dtype == torch.bfloat16 else None
     return f"it needs a CUDA device, the tokens are on {device.type}"
@@ -48,7 +46,7 @@ def pool(x: torch.Tensor, table: Table, dtype: torch.dtype) -> torch.Tensor:
     """[B, n_in, K] -> [B, rows, K] of ``dtype``; sums in float32."""
     p = x.new_empty(x.shape[0], table.index.shape[0], x.shape[2], dtype=dtype)
     if p.numel():
-        pool_kernel.pool(x, *table, p, config_for("pool", x.dtype))
+        pool_kernel.pool(x, *table[:3], p, config_for("pool", x.dtype))
     return p
 
 
@@ -69,7 +67,7 @@ def pool_linear(
     g = None if activation is None else w.new_empty(*shape, w.shape[0])
     if p.numel():
         config = config_for("pool_linear", w.dtype)
-        pool_linear_kernel.pool_linear(x, *table, w, bias, p, z, g, "tf32", config)
+        pool_linear_kernel.pool_linear(x, *table[:3], w, bias, p, z, g, "tf32", config)
     return p, z, g
 
 

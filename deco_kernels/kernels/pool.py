@@ -35,7 +35,7 @@ def gather(
     """The float32 block [PM, PK] of the pooled tokens; zero outside."""
     b, o = rm // MO, rm % MO
     mask = (rm < M)[:, None] & (rk < K)[None, :]
-    x += b.to(tl.int64)[:, None] * stride_xb + rk[None, :] * stride_xk
+    x += b.to(tl.int64)[:, None] * stride_xb + rk.to(tl.int64)[None, :] * stride_xk
     index += o * T
     weight += o * T
     acc = tl.zeros([rm.shape[0], rk.shape[0]], dtype=tl.float32)

@@ -16,7 +16,9 @@ import triton.language as tl
 from .gelu import gelu
 from .launch import Config, chip_of, launch
 from .pool import gather
-from .workspace import HEADER, workspace_for
+from .workspace import workspace_for
+
+HEADER = tl.constexpr(2)  # of the workspace: ticket, CTAs that have finished; then the flags
 
 
 @triton.jit
@@ -130,7 +132,7 @@ def pool_linear_kernel(
     SLOTS: tl.constexpr = BM // PM  # pool tasks of a panel
     columns = tl.cdiv(N, BN)  # gemm tasks of a panel
     group = SLOTS + columns
-    flags = workspace + 2
+    flags = workspace + HEADER
     task = tl.atomic_add(workspace, 1, sem="relaxed")
     while task < panels * group:
         turn = task - lead * SLOTS
@@ -161,9 +163,9 @@ def pool_linear_kernel(
         task = tl.atomic_add(workspace, 1, sem="relaxed")
     # The last CTA to get here leaves the workspace as it found it, for the next launch.
     if tl.atomic_add(workspace + 1, 1, sem="acq_rel") == tl.num_programs(0) - 1:
-        for i in range(0, panels + 2, 128):
+        for i in range(0, panels + HEADER, 128):
             r = i + tl.arange(0, 128)
-            tl.store(workspace + r, tl.zeros([128], dtype=tl.int32), mask=r < panels + 2)
+            tl.store(workspace + r, tl.zeros([128], dtype=tl.int32), mask=r < panels + HEADER)
 
 
 def pool_linear(
@@ -198,7 +200,7 @@ def pool_linear(
         p=p,
         z=z,
         g=g,
-        workspace=workspace_for(x.device, HEADER + panels),
+        workspace=workspace_for(x.device, HEADER.value + panels),
         M=m,
         MO=tokens,
         N=features,

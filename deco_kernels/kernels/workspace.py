@@ -4,8 +4,6 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
-HEADER = 2  # ticket, CTAs that have finished; then one flag for each panel
-
 _kept: dict[tuple[torch.device, int], torch.Tensor] = {}
 
 
@@ -16,7 +14,7 @@ def workspace_for(device: torch.device, size: int) -> torch.Tensor:
     their own. While a CUDA graph is captured the buffer is a fresh one of the graph's memory,
     zeroed in the graph, so that a replay can overlap with anything.
     """
-    if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
+    if device.type != "cuda" or _capturing(device):
         return torch.zeros(size, dtype=torch.int32, device=device)
     key = device, torch.cuda.current_stream(device).cuda_stream
     buffer = _kept.get(key)
@@ -29,8 +27,12 @@ def workspace_for(device: torch.device, size: int) -> torch.Tensor:
     return buffer
 
 
+def _capturing(device: torch.device) -> bool:
+    with torch.cuda.device(device):
+        return torch.cuda.is_current_stream_capturing()
+
+
 def _zeros(size: int, device: torch.device) -> torch.Tensor:
-    with torch.inference_mode(False):
-        buffer = torch.zeros(size, dtype=torch.int32, device=device)
+    buffer = torch.zeros(size, dtype=torch.int32, device=device)
     torch.cuda.synchronize(device)  # it was zeroed on another stream than the one that will use it
     return buffer
