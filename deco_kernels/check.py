@@ -38,6 +38,10 @@ CASES = (
 )
 
 
+# Triton hands float32 to the tensor cores as it is, and they cut it to TF32; cuBLAS may round it.
+TF32_SLACK = 3.0
+
+
 class Error(NamedTuple):
     """Largest absolute error of one tensor against float64; ``ulp`` is one of its dtype's there."""
 
@@ -46,9 +50,9 @@ class Error(NamedTuple):
     eager: float
     ulp: float
 
-    @property
-    def ok(self) -> bool:
-        return self.ours <= self.eager + self.ulp
+    def within(self, slack: float = 1.0) -> bool:
+        """Whether ours is at most ``slack`` times eager's, + 1 ulp."""
+        return self.ours <= slack * self.eager + self.ulp
 
 
 def errors(
@@ -128,12 +132,15 @@ def run(backend: str = "auto", device: str | None = None) -> bool:
         for case in CASES:
             with float32_matmul("tf32" if label == "tf32" else "ieee"):
                 found = case_errors(case, dtype, place, backend)
-            ok = all(e.ok for e in found)
+            slack = TF32_SLACK if label == "tf32" else 1.0
+            ok = all(e.within(slack) for e in found)
             good &= ok
             print(f"{'ok  ' if ok else 'FAIL'} {label:8} {case}")
             for e in found:
-                print(f"     {' ' if e.ok else '!'}{e.name:24} {e.ours:.2e} / {e.eager:.2e}")
+                mark = " " if e.within(slack) else "!"
+                print(f"     {mark}{e.name:24} {e.ours:.2e} / {e.eager:.2e}")
     if len(problems) == len(kinds):
         raise RuntimeError(f"backend {backend!r} cannot run here: {problems['float32']}")
-    print(f"{'all right' if good else 'WRONG'} (bar: eager's error + 1 ulp of the dtype)")
+    verdict = "all right" if good else "WRONG"
+    print(f"{verdict} (bar: eager's error, for tf32 {TF32_SLACK} times that, + 1 ulp)")
     return good

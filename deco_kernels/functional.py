@@ -43,22 +43,23 @@ class _Pool(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, rows, columns, backend):
         ctx.columns, ctx.backend = columns, backend
-        return ops.pool(x, *rows, x.dtype, backend)
+        return ops.pool(x, rows, x.dtype, backend)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dp):
-        return ops.pool(dp, *ctx.columns, dp.dtype, ctx.backend), None, None, None
+        return ops.pool(dp, ctx.columns, dp.dtype, ctx.backend), None, None, None
 
 
 class _PoolLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, rows, columns, activation, keep_z, backend):
-        p, z, g = ops.pool_linear(x, *rows, weight, bias, activation, keep_z, backend)
+        p, z, g = ops.pool_linear(x, rows, weight, bias, activation, keep_z, backend)
         needs_x, needs_weight, *_ = ctx.needs_input_grad
         ctx.save_for_backward(weight if needs_x else None, p if needs_weight else None)
         ctx.columns, ctx.dtype, ctx.backend = columns, x.dtype, backend
-        ctx.mark_non_differentiable(g)
+        if g is not None:
+            ctx.mark_non_differentiable(g)
         ctx.set_materialize_grads(False)
         return z, g
 
@@ -72,7 +73,7 @@ class _PoolLinear(torch.autograd.Function):
         dx = dw = db = None
         if ctx.needs_input_grad[0]:
             dp = (flat @ weight).view(*dz.shape[:2], weight.shape[1])
-            dx = ops.pool(dp, *ctx.columns, ctx.dtype, ctx.backend)
+            dx = ops.pool(dp, ctx.columns, ctx.dtype, ctx.backend)
         if ctx.needs_input_grad[1]:
             dw = flat.T @ p.view(-1, p.shape[-1])
         if ctx.needs_input_grad[2]:
@@ -160,7 +161,6 @@ def pool_linear(
     """
     _check_pooling(x, stencil)
     _check_activation(activation)
-    check_float("weight", weight)
     weight, bias, autocast = _autocast(x, weight, bias)
     check_linear("x", x, weight, any_float=autocast)
     check_bias(weight, bias)
@@ -172,7 +172,7 @@ def pool_linear(
     keep_z = _any_requires_grad(x, weight, bias)
     detached = None if bias is None else bias.detach()
     z, g = _PoolLinear.apply(x, weight, detached, *tables, activation, keep_z, backend)
-    return Hidden(z if keep_z else None, g, bias)
+    return Hidden(z, g, bias)
 
 
 def act_linear(
@@ -202,7 +202,6 @@ def act_linear(
         raise TypeError(f"hidden must come from pool_linear or act_linear, got {type(hidden)}")
     _check_activation(activation)
     z, g, z_bias = hidden._z, hidden._g, hidden._bias
-    check_float("weight", weight)
     weight, bias, _ = _autocast(g, weight, bias)
     check_linear("hidden", g, weight)
     check_bias(weight, bias)
@@ -254,6 +253,9 @@ def _autocast(
 ) -> tuple[torch.Tensor, torch.Tensor | None, bool]:
     """Weight and bias as autocast wants them, and whether it is on for them."""
     dtype = autocast_dtype(x)
-    if dtype is None or weight.dtype == torch.float64:
+    if dtype is None:
+        return weight, bias, False
+    check_float("weight", weight)
+    if weight.dtype == torch.float64:
         return weight, bias, False
     return weight.to(dtype), None if bias is None else bias.to(dtype), True

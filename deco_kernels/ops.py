@@ -21,11 +21,43 @@ _library.define(
     " -> (Tensor dz, Tensor g, Tensor db)"
 )
 
-pool = torch.ops.deco_kernels.pool.default
-pool_linear = torch.ops.deco_kernels.pool_linear.default
-dact_linear = torch.ops.deco_kernels.dact_linear.default
-
 Three = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+Some = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]
+
+
+def pool(x: torch.Tensor, table: Table, dtype: torch.dtype, backend: str) -> torch.Tensor:
+    """The verb ``pool`` of a backend; "eager" is torch's own operators, which need no wrapping."""
+    if backend == "eager":
+        return backends.get("eager").pool(x, table, dtype)
+    return torch.ops.deco_kernels.pool.default(x, *table, dtype, backend)
+
+
+def pool_linear(
+    x: torch.Tensor,
+    table: Table,
+    w: torch.Tensor,
+    bias: torch.Tensor | None,
+    activation: str | None,
+    keep_z: bool,
+    backend: str,
+) -> Some:
+    """The verb ``pool_linear`` of a backend."""
+    if backend == "eager":
+        return backends.get("eager").pool_linear(x, table, w, bias, activation, keep_z)
+    op = torch.ops.deco_kernels.pool_linear.default
+    p, z, g = op(x, *table, w, bias, activation, keep_z, backend)
+    return p, z if keep_z else None, None if activation is None else g
+
+
+def dact_linear(
+    dy: torch.Tensor, w: torch.Tensor, z: torch.Tensor, want_g: bool, want_db: bool, backend: str
+) -> Some:
+    """The verb ``dact_linear`` of a backend."""
+    if backend == "eager":
+        return backends.get("eager").dact_linear(dy, w, z, want_g, want_db)
+    op = torch.ops.deco_kernels.dact_linear.default
+    dz, g, db = op(dy, w, z, want_g, want_db, backend)
+    return dz, g if want_g else None, db if want_db else None
 
 
 def _filled(like: torch.Tensor, *outputs: torch.Tensor | None) -> Three:

@@ -127,13 +127,14 @@ class FusedAvgPoolProjector(AvgPoolProjector):
         if path == "pooled":
             return self.mlp_projector(functional.pool(x, stencil, backend=backend))
 
-        first, *rest = list(self.mlp_projector)[::2]
+        # The parameters as `_unreadable` has seen them; a module's attributes are slow to look up.
+        first, *rest = (linear._parameters for linear in list(self.mlp_projector)[::2])
         activations = ["gelu"] * len(rest) + [None]
         y = functional.pool_linear(
-            x, first.weight, first.bias, stencil, activations[0], backend=backend
+            x, first["weight"], first["bias"], stencil, activations[0], backend=backend
         )
-        for linear, activation in zip(rest, activations[1:], strict=True):
-            y = functional.act_linear(y, linear.weight, linear.bias, activation, backend=backend)
+        for p, activation in zip(rest, activations[1:], strict=True):
+            y = functional.act_linear(y, p["weight"], p["bias"], activation, backend=backend)
         return y
 
     def explain(self, x: torch.Tensor | None = None) -> Plan:
@@ -167,18 +168,18 @@ class FusedAvgPoolProjector(AvgPoolProjector):
         """Why ``mlp_projector`` must be called and its weights not read; None if they can be."""
         if _has_any_global_hook():
             return "a global module hook is registered"
-        if not _plain(self.mlp_projector, nn.Sequential):
+        mlp = self.mlp_projector
+        if not _plain(mlp, nn.Sequential):
             return "mlp_projector was replaced or is hooked"
-        for i, child in enumerate(self.mlp_projector):
+        for i, child in enumerate(mlp._modules.values()):
             if not _plain(child, nn.GELU if i % 2 else nn.Linear):
                 return f"mlp_projector[{i}] is {type(child).__name__}, or hooked"
-            if i % 2 and child.approximate != "none":
-                return f"mlp_projector[{i}] is an approximate GELU"
-            if i % 2 == 0 and not _materialised(child):
+            if i % 2:
+                if child.approximate != "none":
+                    return f"mlp_projector[{i}] is an approximate GELU"
+            elif not _materialised(child):
                 return f"mlp_projector[{i}] has partitioned or special parameters"
-        if len(self.mlp_projector) % 2 == 0:
-            return "mlp_projector does not end with a linear layer"
-        return None
+        return None if len(mlp) % 2 else "mlp_projector does not end with a linear layer"
 
 
 def _square_output(sampler: nn.Module | None) -> int | None:
@@ -206,11 +207,11 @@ def _plain(module: nn.Module, kind: type[nn.Module]) -> bool:
 
 def _materialised(linear: nn.Linear) -> bool:
     """Whether the parameters are ordinary tensors that are there in full."""
-    weight, bias = linear.weight, linear.bias
+    weight, bias = linear._parameters.get("weight"), linear._parameters.get("bias")
     return (
         type(weight) in _ORDINARY
         and (bias is None or type(bias) in _ORDINARY)
-        and weight.shape == (linear.out_features, linear.in_features)
+        and weight.numel() == linear.out_features * linear.in_features
     )
 
 

@@ -22,7 +22,7 @@ def pair(layer_num=2, query_num=4, channels=8, features=12):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_error_on_the_cpu_is_at_most_eager(case, dtype):
     found = case_errors(case, dtype, torch.device("cpu"), "auto")
-    assert all(e.ok for e in found), found
+    assert all(e.within() for e in found), found
 
 
 @pytest.mark.parametrize(

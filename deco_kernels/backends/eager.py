@@ -20,9 +20,10 @@ def pool(x: torch.Tensor, table: Table, dtype: torch.dtype) -> torch.Tensor:
 
 
 def _adaptive(x: torch.Tensor, geometry: str) -> torch.Tensor:
-    grid_in, grid_out = adaptive_grids(geometry)
-    grid = x.unflatten(1, grid_in).permute(0, 3, 1, 2)
-    return F.adaptive_avg_pool2d(grid, grid_out).permute(0, 2, 3, 1).flatten(1, 2).contiguous()
+    (batch, _, channels), (grid_in, grid_out) = x.shape, adaptive_grids(geometry)
+    grid = x.view(batch, *grid_in, channels).permute(0, 3, 1, 2)
+    p = F.adaptive_avg_pool2d(grid, grid_out).permute(0, 2, 3, 1)
+    return p.reshape(batch, -1, channels).contiguous()
 
 
 def _gather(x: torch.Tensor, table: Table) -> torch.Tensor:
