@@ -108,7 +108,7 @@ class _ActLinear(torch.autograd.Function):
 
 
 def pool(x: torch.Tensor, stencil: Stencil, *, backend: str = "auto") -> torch.Tensor:
-    """Pool tokens: ``P = S X``, summed in float32 (float64 for float64 tokens).
+    """Pool tokens: ``P = S X``. The kernels sum in float32; "eager" is torch's own pooling.
 
     Args:
         x: tokens [B, n_in, K], floating point, any strides.

@@ -8,8 +8,7 @@ from .stencil import Table
 _library = torch.library.Library("deco_kernels", "DEF")
 _library.define(
     "pool(Tensor x, Tensor index, Tensor weight, bool ragged, str geometry,"
-    " ScalarType dtype, str backend)"
-    " -> Tensor"
+    " ScalarType dtype, str backend) -> Tensor"
 )
 _library.define(
     "pool_linear(Tensor x, Tensor index, Tensor weight, bool ragged, str geometry,"

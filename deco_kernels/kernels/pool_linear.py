@@ -48,20 +48,6 @@ def pool_task(
 
 
 @triton.jit
-def epilogue(acc, bias, z, g, rm, rn, M, N):
-    """Add the bias and store the pre-activation and the activation."""
-    if bias is not None:
-        acc += tl.load(bias + rn, mask=rn < N, other=0.0).to(tl.float32)[None, :]
-    out = rm.to(tl.int64)[:, None] * N + rn[None, :]
-    inside = (rm < M)[:, None] & (rn < N)[None, :]
-    if z is not None:
-        tl.store(z + out, acc.to(z.dtype.element_ty), mask=inside)
-    if g is not None:
-        y = gelu(acc, EXACT=g.dtype.element_ty == tl.float32)
-        tl.store(g + out, y.to(g.dtype.element_ty), mask=inside)
-
-
-@triton.jit
 def gemm_task(
     p,
     w,
@@ -90,12 +76,14 @@ def gemm_task(
         a = tl.load(p + k, mask=rows & (rk < K - k)[None, :], other=0.0)
         b = tl.load(w + k * stride_wk, mask=(rk < K - k)[:, None] & columns, other=0.0)
         acc = tl.dot(a, b, acc, input_precision=PRECISION)
-    # In two halves: with gelu of a whole tile at once the kernel takes 205 registers, not 147.
-    HALF: tl.constexpr = BN // 2
-    left, right = acc.reshape([BM, 2, HALF]).permute(0, 2, 1).split()
-    rn = column * BN + tl.arange(0, HALF)
-    epilogue(left, bias, z, g, rm, rn, M, N)
-    epilogue(right, bias, z, g, rm, rn + HALF, M, N)
+    if bias is not None:
+        acc += tl.load(bias + rn, mask=rn < N, other=0.0).to(tl.float32)[None, :]
+    out = rm.to(tl.int64)[:, None] * N + rn[None, :]
+    if z is not None:
+        tl.store(z + out, acc.to(z.dtype.element_ty), mask=rows & columns)
+    if g is not None:
+        y = gelu(acc, EXACT=g.dtype.element_ty == tl.float32)
+        tl.store(g + out, y.to(g.dtype.element_ty), mask=rows & columns)
 
 
 @triton.jit(do_not_specialize=["M", "MO", "panels", "lead"])
