@@ -1,9 +1,9 @@
 """How fast is the fused projector beside the oracle? Ratios of the two, run alternately.
 
-    pytest benchmarks/ --benchmark-only
+    pytest benchmarks/ --benchmark-only --benchmark-json out.json
 
-`extra_info` (with `--benchmark-json` or in the printed table's columns) carries the ratio to the
-oracle, measured in alternation; the table's own times are of the fused module alone.
+`extra_info` in the file carries what was measured beside the oracle, in alternation; the printed
+table's times are of the fused module alone.
 """
 
 import statistics
