@@ -123,7 +123,7 @@ class FusedAvgPoolProjector(AvgPoolProjector):
         if path == "modules":
             pooled = self.sampler(x.transpose(1, 2).unflatten(2, grid))
             return self.mlp_projector(pooled.flatten(2).transpose(1, 2))
-        stencil = Stencil.adaptive(grid, (self._side, self._side))
+        stencil = Stencil.adaptive_checked(grid, (self._side, self._side))
         if path == "pooled":
             return self.mlp_projector(functional.pool(x, stencil, backend=backend))
 

@@ -60,7 +60,13 @@ class Stencil:
         Raises:
             TypeError, ValueError: a grid is not a pair of positive integers.
         """
-        grid_in, grid_out = check_grid("grid_in", grid_in), check_grid("grid_out", grid_out)
+        return cls.adaptive_checked(
+            check_grid("grid_in", grid_in), check_grid("grid_out", grid_out)
+        )
+
+    @classmethod
+    def adaptive_checked(cls, grid_in: tuple[int, int], grid_out: tuple[int, int]) -> "Stencil":
+        """:meth:`adaptive` for grids that a caller has checked."""
         (h, w), (out_h, out_w) = grid_in, grid_out
         # A string, because torch.compile takes it for constant even where it lets integers vary.
         return cls(f"adaptive {h}x{w} {out_h}x{out_w}", h * w, out_h * out_w)
