@@ -5,7 +5,7 @@ import sys
 
 import torch
 
-from . import __version__
+from . import __version__, extension
 from .backends import BACKENDS, choose, unusable
 
 DTYPES = torch.bfloat16, torch.float16, torch.float32, torch.float64
@@ -56,6 +56,7 @@ def report() -> str:
         ("torch", torch.__version__),
         ("triton", _triton()),
         ("CUDA", torch.version.cuda or "none (this torch is built without it)"),
+        ("CUDA kernels", extension.state()),
         *_devices(),
         ("float32 products", torch.backends.cuda.matmul.fp32_precision),
         *((f"backend {b}", _backend(b, device)) for b in BACKENDS if b != "auto"),

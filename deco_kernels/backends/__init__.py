@@ -5,10 +5,10 @@ from typing import NamedTuple
 
 import torch
 
-from . import eager, triton
+from . import cuda, eager, triton
 
 BACKENDS = ("auto", "triton", "cuda", "eager")
-_MODULES: dict[str, ModuleType] = {"triton": triton, "eager": eager}
+_MODULES: dict[str, ModuleType] = {"triton": triton, "cuda": cuda, "eager": eager}
 
 
 class Choice(NamedTuple):
@@ -25,8 +25,6 @@ def get(backend: str) -> ModuleType:
 
 def unusable(backend: str, device: torch.device, dtype: torch.dtype) -> str | None:
     """Why ``backend`` cannot run on tensors of that device and dtype; None if it can."""
-    if backend not in _MODULES:
-        return "this version has no CUDA C++ kernels"
     return _MODULES[backend].unusable(device, dtype)
 
 
@@ -48,10 +46,13 @@ def choose(backend: str, device: torch.device, dtype: torch.dtype) -> Choice:
         return Choice(backend, "asked for")
     if device.type == "cpu":
         return Choice("eager", "the tokens are on the CPU")
-    problem = unusable("triton", device, dtype)
-    if problem:
-        return Choice("eager", f"not triton: {problem}")
-    return Choice("triton", f"usable on {device}")
+    problems = []
+    for name in ("triton", "cuda"):
+        problem = unusable(name, device, dtype)
+        if not problem:
+            return Choice(name, "; ".join([*problems, f"usable on {device}"]))
+        problems.append(f"not {name}: {problem}")
+    return Choice("eager", "; ".join(problems))
 
 
 def check_backend(backend: str) -> str:

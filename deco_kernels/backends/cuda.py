@@ -1,0 +1,80 @@
+"""The verbs in CUDA C++: allocates the outputs, calls the library; large products are cuBLAS's."""
+
+import torch
+
+from .. import extension
+from ..kernels.launch import chip_of
+from ..kernels.workspace import workspace_for
+from ..stencil import Table
+from . import eager
+
+
+def unusable(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why these kernels cannot run on ``device`` with ``dtype``; None if they can."""
+    if dtype == torch.float64:
+        return "float64 is left to torch"
+    if not extension.standing_in():
+        if device.type != "cuda":
+            return f"it needs a CUDA device, the tokens are on {device.type}"
+        if torch.version.hip is not None:
+            return "AMD GPUs are not supported"
+    arch = chip_of(device).arch
+    if arch < 75:
+        return f"compute capability {arch / 10} is below 7.5"
+    if arch < 80 and dtype == torch.bfloat16:
+        return f"bfloat16 needs compute capability 8.0, this is {arch / 10}"
+    return extension.problem(arch)
+
+
+def fuses(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether products run in these kernels; float32 by IEEE rules is cuBLAS's."""
+    if dtype.itemsize == 2:
+        return True
+    tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return tf32 and chip_of(device).arch >= 80
+
+
+def pool(x: torch.Tensor, table: Table, dtype: torch.dtype) -> torch.Tensor:
+    """[B, n_in, K] -> [B, rows, K] of ``dtype``; sums in float32."""
+    p = x.new_empty(x.shape[0], table.index.shape[0], x.shape[2], dtype=dtype)
+    if p.numel():
+        extension.operators(x.device).pool(x, *table[:3], p)
+    return p
+
+
+def pool_linear(
+    x: torch.Tensor,
+    table: Table,
+    w: torch.Tensor,
+    bias: torch.Tensor | None,
+    activation: str | None,
+    keep_z: bool,
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    """``p`` = S x, ``z`` = p wᵀ + bias and ``g`` = gelu(z), in one launch."""
+    if not fuses(x.device, w.dtype):
+        return eager.linear(pool(x, table, w.dtype), w, bias, activation, keep_z)
+    shape = x.shape[0], table.index.shape[0]
+    p = w.new_empty(*shape, w.shape[1])
+    z = w.new_empty(*shape, w.shape[0]) if keep_z else None
+    g = None if activation is None else w.new_empty(*shape, w.shape[0])
+    if p.numel():
+        ops = extension.operators(x.device)
+        workspace = workspace_for(x.device, ops.workspace_size(shape[0] * shape[1]))
+        sms = chip_of(x.device).sms
+        ops.pool_linear(x, *table[:3], w, bias, p, z, g, workspace, sms)
+    return p, z, g
+
+
+def dact_linear(
+    dy: torch.Tensor, w: torch.Tensor, z: torch.Tensor, want_g: bool, want_db: bool
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    """``dz`` = (dy w) * gelu'(z), ``g`` = gelu(z) and ``db`` = the sum of dz over its rows."""
+    dz = dy @ w
+    g = torch.empty_like(z) if want_g else None
+    m, n = z.shape
+    if not m:
+        return dz, g, z.new_zeros(n) if want_db else None
+    ops = extension.operators(z.device)
+    sums = z.new_empty(ops.sum_blocks(m), n, dtype=torch.float32) if want_db else None
+    ops.dgelu(dz, z, g, sums)
+    return dz, g, sums.sum(0).to(z.dtype) if want_db else None

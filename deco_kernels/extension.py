@@ -1,0 +1,379 @@
+"""Where does the CUDA library come from? Out of the wheel, from an earlier build, or built now."""
+
+import hashlib
+import importlib
+import importlib.util
+import logging
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import threading
+import time
+import traceback
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from filelock import FileLock, Timeout
+
+SOURCES = ("bindings.cpp", "pool.cu", "pool_linear.cu", "dgelu.cu", "facts.cu")
+FLAGS = {"cxx": ["-O2"], "nvcc": ["-O3"]}
+AHEAD_OF_TIME = "deco_kernels._deco_kernels_C"  # the last part is a namespace of torch.ops, too
+LONGEST_WAIT = 1800  # seconds, for another process's build
+MEANWHILE = 'backend="eager" works meanwhile'
+
+_stand_in: Any = None
+_namespaces: dict[torch.device, Any] = {}
+_built: ModuleType | None = None
+_failure: str | None = None
+_one_thread = threading.Lock()
+
+
+@contextmanager
+def stand_in(operators: Any) -> Iterator[None]:
+    """Let ``operators`` compute in place of the library's."""
+    global _stand_in
+    before, _stand_in = _stand_in, operators
+    try:
+        yield
+    finally:
+        _stand_in = before
+
+
+def standing_in() -> bool:
+    return _stand_in is not None
+
+
+def operators(device: torch.device) -> Any:
+    """The namespace ``torch.ops.<name of the library>``; the first call may build it.
+
+    Raises:
+        RuntimeError: the library cannot be had; says what is missing, or what the compiler said.
+    """
+    if _stand_in is not None:
+        return _stand_in
+    found = _namespaces.get(device)
+    if found is None:
+        major, minor = torch.cuda.get_device_capability(device)
+        found = _namespaces[device] = namespace(library(10 * major + minor))
+    return found
+
+
+def namespace(module: ModuleType) -> Any:
+    return getattr(torch.ops, module.__name__.rpartition(".")[2])
+
+
+def library(arch: int) -> ModuleType:
+    """The library with code for compute capability ``arch`` (90 for 9.0)."""
+    if _fits(arch):
+        return _ahead_of_time()
+    reason = problem(arch)
+    if reason:
+        raise RuntimeError(f"the CUDA kernels cannot be had: {reason}; {MEANWHILE}")
+    return build()
+
+
+def problem(arch: int) -> str | None:
+    """Why there can be no library for compute capability ``arch``; None if there is or can be."""
+    return None if _stand_in is not None else _problem(arch)
+
+
+@lru_cache
+def _problem(arch: int) -> str | None:
+    if _fits(arch):
+        return None
+    archs = wanted_archs()
+    if not archs:
+        return "no GPU is visible; set TORCH_CUDA_ARCH_LIST to build without one"
+    listed = re.findall(r"(\d+)\.(\d)\w?(\+PTX)?", archs)  # empty if torch's names, as "Ampere"
+    numbers = {10 * int(major) + int(minor): ptx for major, minor, ptx in listed}
+    if listed and not _covers(numbers, arch) and not any(a <= arch for a in numbers if numbers[a]):
+        return f"TORCH_CUDA_ARCH_LIST ({archs}) has nothing for compute capability {arch / 10}"
+    return _obstacle()
+
+
+@lru_cache
+def _obstacle() -> str | None:
+    """Why there can be no first-use build; None if there is one or can be."""
+    if _failure:
+        return _failure.partition("\n")[0]
+    try:
+        if wanted_archs() and target().is_file():
+            return None
+        torch_builder()
+    except ImportError as error:
+        return f"torch.utils.cpp_extension cannot be imported ({error})"
+    if shutil.which("ninja", path=_path()) is None:
+        return "ninja is missing (pip install ninja)"
+    return missing()
+
+
+def state() -> str:
+    """One line for ``info``."""
+    ahead = _ahead_of_time()
+    if ahead is not None:
+        return f"built ahead of time for {', '.join(str(a / 10) for a in ahead.arch_list)}"
+    reason = _obstacle()
+    if reason:
+        return f"cannot be built: {reason}"
+    if wanted_archs() and target().is_file():
+        return f"built at first use in {target().parent}"
+    return f"not built yet; buildable (nvcc {cuda_version(nvcc())})"
+
+
+def _fits(arch: int) -> bool:
+    ahead = _ahead_of_time()
+    return ahead is not None and _covers(ahead.arch_list, arch)
+
+
+def _covers(archs: Iterable[int], arch: int) -> bool:
+    """Machine code runs on its own and later minor versions of a compute capability."""
+    return any(a // 10 == arch // 10 and a <= arch for a in archs)
+
+
+@lru_cache
+def _ahead_of_time() -> ModuleType | None:
+    try:
+        module = importlib.import_module(AHEAD_OF_TIME)
+    except ModuleNotFoundError:
+        return None
+    except ImportError as error:
+        reason = str(error)
+    else:
+        if torch.__version__.startswith(module.torch_version):
+            return module
+        reason = f"for torch {module.torch_version}, this is {torch.__version__}"
+    warnings.warn(f"CUDA kernels built ahead of time are unusable: {reason}", stacklevel=2)
+    return None
+
+
+def folder() -> Path:
+    """The C++ sources: in an installed package, or in a checkout."""
+    here = Path(__file__).resolve().parent
+    installed = here / "csrc"
+    return installed if installed.is_dir() else here.parent / "csrc"
+
+
+def wanted_archs() -> str:
+    """What a first-use build is for, such as "8.0 9.0+PTX"; empty if nobody said and no GPU is."""
+    listed = os.environ.get("TORCH_CUDA_ARCH_LIST", "").replace(";", " ").split()
+    if listed and listed != ["native"]:
+        return " ".join(listed)
+    visible = range(torch.cuda.device_count())
+    capabilities = {torch.cuda.get_device_capability(i) for i in visible}
+    return " ".join(f"{major}.{minor}" for major, minor in sorted(capabilities))
+
+
+@lru_cache
+def missing() -> str | None:
+    """What any build of the library lacks; None if nothing."""
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} is built without CUDA"
+    compiler = nvcc()
+    if compiler is None:
+        return "nvcc was not found (set CUDA_HOME, or put it on PATH)"
+    version = cuda_version(compiler)
+    if version.partition(".")[0] != torch.version.cuda.partition(".")[0]:
+        return (
+            f"{compiler} is of CUDA {version or 'an unknown version'}, "
+            f"torch {torch.__version__} of CUDA {torch.version.cuda}: the majors must match"
+        )
+    host = shlex.split(os.environ.get("CXX", "c++"))[0]
+    if sys.platform != "win32" and shutil.which(host) is None:
+        return f"the C++ compiler {host!r} was not found (install one, or set CXX)"
+    if not Path(sysconfig.get_path("include"), "Python.h").is_file():
+        return "Python's headers are missing (python3-dev, python3-devel)"
+    lost = [name for name in SOURCES if not (folder() / name).is_file()]
+    return f"{', '.join(lost)} missing in {folder()}" if lost else None
+
+
+def nvcc() -> str | None:
+    """Found in torch's order of places."""
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    if home:
+        return shutil.which("nvcc", path=os.path.join(home, "bin"))
+    return shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
+
+
+def cuda_version(nvcc: str) -> str:
+    """Such as "13.0"; empty if ``nvcc`` does not tell."""
+    found = re.search(r"release (\d+\.\d+)", ask(nvcc, "--version"))
+    return found[1] if found else ""
+
+
+def cuda_home(nvcc: str) -> str:
+    """The toolkit's root. ``nvcc`` may be a wrapper far from it, but names it in its plan."""
+    plan = re.search(r"^#\$ TOP=(.+)$", ask(nvcc, "--dryrun", "-x", "cu", os.devnull), re.M)
+    root = Path(plan[1].strip()).resolve() if plan else None
+    if root is None or shutil.which("nvcc", path=root / "bin") is None:
+        root = Path(nvcc).parents[1]
+    return str(root)
+
+
+def ask(*command: str) -> str:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return done.stdout + done.stderr
+
+
+def _path() -> str:
+    """PATH, and where pip puts ninja: absent from PATH when a venv is used but not activated."""
+    return os.pathsep.join([os.environ.get("PATH", os.defpath), sysconfig.get_path("scripts")])
+
+
+def torch_builder() -> ModuleType:
+    """``torch.utils.cpp_extension``, without its warning that no GPU is visible."""
+    log = logging.getLogger("torch.utils.cpp_extension")
+    log.disabled, before = True, log.disabled
+    try:
+        return importlib.import_module("torch.utils.cpp_extension")
+    finally:
+        log.disabled = before
+
+
+def target() -> Path:
+    """The finished library of a first-use build: the path tells everything that went into it."""
+    root = os.environ.get("TORCH_EXTENSIONS_DIR") or torch_builder().get_default_build_root()
+    tag = sysconfig.get_config_var("EXT_SUFFIX")
+    facts = torch.__version__, torch.version.cuda, tag, wanted_archs(), FLAGS
+    digest = hashlib.sha256(repr(facts).encode())
+    for file in sorted(path for path in folder().glob("*") if path.is_file()):
+        digest.update(f"\0{file.name}\0".encode() + file.read_bytes())
+    key = digest.hexdigest()[:16]
+    name = f"_deco_kernels_{key}" + (".pyd" if sys.platform == "win32" else ".so")
+    return Path(root).resolve() / "deco_kernels" / key / name
+
+
+def build() -> ModuleType:
+    """The library of a first-use build: an earlier one's, or this one's.
+
+    Raises:
+        RuntimeError: it failed, now or earlier in this process.
+    """
+    global _built, _failure
+    with _one_thread:
+        if _failure:
+            raise RuntimeError(_failure)
+        if _built is None:
+            try:
+                _built = _find_or_make()
+            except BaseException as error:  # also Ctrl-C: torch builds a name once in a process
+                _failure = str(error) or f"the build ended by {type(error).__name__}"
+                _problem.cache_clear()
+                _obstacle.cache_clear()
+                raise
+        return _built
+
+
+def _find_or_make() -> ModuleType:
+    library = target()
+    if library.is_file():
+        return _import(library)
+    try:
+        library.parent.mkdir(parents=True, exist_ok=True)
+        with _only_process(library.parent.with_suffix(".lock")):
+            return _import(library) if library.is_file() else _make(library)
+    except OSError as error:
+        raise RuntimeError(
+            f"cannot build the CUDA kernels in {library.parent} ({error}); "
+            f"set TORCH_EXTENSIONS_DIR to a folder that can be written; {MEANWHILE}"
+        ) from error
+
+
+@contextmanager
+def _only_process(path: Path) -> Iterator[None]:
+    """Hold a lock that the system takes back from a process that is killed."""
+    lock = FileLock(path)
+    try:
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            _say(f"waiting for another process that builds the CUDA kernels ({path})")
+            lock.acquire(timeout=LONGEST_WAIT)
+    except Timeout:
+        raise RuntimeError(
+            f"another process has held {path} for {LONGEST_WAIT} seconds; end it; {MEANWHILE}"
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _make(library: Path) -> ModuleType:
+    home = library.parent
+    # Never a killed build's folder: its compilers may still be alive and write to it.
+    for left in home.glob("build-*"):
+        shutil.rmtree(left, ignore_errors=True)
+    work = Path(tempfile.mkdtemp(prefix="build-", dir=home))
+    _say(f"building the CUDA kernels for {wanted_archs()} (once, about a minute) in {home}")
+    start = time.monotonic()
+    try:
+        module = _compile(library.stem, work)
+        os.replace(work / library.name, library)
+    except Exception as error:
+        log = home / "build.log"
+        log.write_text(traceback.format_exc(), encoding="utf-8")
+        raise RuntimeError(
+            f"building the CUDA kernels failed, all of it is in {log}\n"
+            f"{_last_lines(str(error))}\n{MEANWHILE}"
+        ) from None
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    _say(f"built the CUDA kernels in {time.monotonic() - start:.0f} s")
+    return module
+
+
+def _compile(name: str, work: Path) -> ModuleType:
+    builder = torch_builder()
+    builder.CUDA_HOME = cuda_home(nvcc())
+    changes = {"PATH": _path(), "TORCH_CUDA_ARCH_LIST": wanted_archs()}
+    before = {key: os.environ[key] for key in changes if key in os.environ}
+    os.environ.update(changes)
+    try:
+        return builder.load(
+            name,
+            [str(folder() / source) for source in SOURCES],
+            extra_cflags=FLAGS["cxx"],
+            extra_cuda_cflags=FLAGS["nvcc"],
+            build_directory=str(work),
+        )
+    finally:
+        for key in changes:
+            del os.environ[key]
+        os.environ.update(before)
+
+
+def _last_lines(output: str, count: int = 20) -> str:
+    """What compilers said last, without the long lines that are their commands."""
+    lines = [line for line in output.splitlines() if line.strip() and " -o " not in line]
+    return "\n".join(f"    {line[:200]}" for line in lines[-count:])
+
+
+def _import(library: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(library.stem, library)
+    try:
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    except ImportError as error:
+        raise RuntimeError(
+            f"cannot load the CUDA kernels ({error}); delete {library.parent} to build them anew; "
+            f"{MEANWHILE}"
+        ) from error
+    return module
+
+
+def _say(text: str) -> None:
+    print(f"deco_kernels: {text}", file=sys.stderr, flush=True)
