@@ -3,7 +3,16 @@
 import pytest
 import torch
 
-from deco_kernels import FusedAvgPoolProjector, Stencil, act_linear, backends, pool, pool_linear
+from deco_kernels import (
+    FusedAvgPoolProjector,
+    Stencil,
+    act_linear,
+    backends,
+    extension,
+    pool,
+    pool_linear,
+)
+from deco_kernels.kernels.launch import Chip, stand_in
 
 STENCIL = Stencil.adaptive((4, 4), (2, 2))
 X, W, B = torch.randn(1, 16, 8), torch.randn(6, 8), torch.randn(6)
@@ -84,6 +93,8 @@ BAD_CALLS = {
         ValueError,
         "exceeds the int64 range",
     ),
+}
+BAD_BACKENDS = {
     "unknown backend": (
         lambda: pool(X, STENCIL, backend="tpu"),
         ValueError,
@@ -92,7 +103,7 @@ BAD_CALLS = {
     "cuda backend": (
         lambda: pool(X, STENCIL, backend="cuda"),
         RuntimeError,
-        "backend 'cuda' cannot run here: this version has no CUDA C\\+\\+ kernels",
+        "backend 'cuda' cannot run here: it needs a CUDA device, the tokens are on cpu",
     ),
     "triton on the CPU": (
         lambda: pool(X, STENCIL, backend="triton"),
@@ -101,6 +112,11 @@ BAD_CALLS = {
     ),
     "triton for float64": (
         lambda: pool(X.double(), STENCIL, backend="triton"),
+        RuntimeError,
+        "float64 is left to torch",
+    ),
+    "cuda for float64": (
+        lambda: pool(X.double(), STENCIL, backend="cuda"),
         RuntimeError,
         "float64 is left to torch",
     ),
@@ -115,12 +131,23 @@ def no_launch(monkeypatch):
         raise AssertionError("launched")
 
     for verb in ("pool", "pool_linear", "dact_linear"):
-        for name in ("eager", "triton"):
+        for name in ("eager", "triton", "cuda"):
             monkeypatch.setattr(backends.get(name), verb, fail)
 
 
+@pytest.mark.parametrize("backend", ["auto", "triton", "cuda"])
 @pytest.mark.parametrize(("call", "error", "message"), BAD_CALLS.values(), ids=[*BAD_CALLS])
-def test_functions(no_launch, call, error, message):
+def test_functions(no_launch, monkeypatch, backend, call, error, message):
+    for function in (pool, pool_linear, act_linear):
+        monkeypatch.setitem(function.__kwdefaults__, "backend", backend)
+    # Where every backend can run: Triton's kernels, and the library of the CUDA C++ ones.
+    usable = stand_in(Chip(90, 1), None), extension.stand_in(object())
+    with usable[0], usable[1], pytest.raises(error, match=message):
+        call()
+
+
+@pytest.mark.parametrize(("call", "error", "message"), BAD_BACKENDS.values(), ids=[*BAD_BACKENDS])
+def test_backends(no_launch, call, error, message):
     with pytest.raises(error, match=message):
         call()
 

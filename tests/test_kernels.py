@@ -5,13 +5,22 @@ import re
 import subprocess
 import sys
 from contextlib import nullcontext
+from dataclasses import dataclass
 
 import pytest
 import torch
 import triton
+from cuda_machines import on_host, on_ptx, require_compilers
 from machines import Tf32Linear, simulated
 
-from deco_kernels import AvgPoolProjector, FusedAvgPoolProjector
+from deco_kernels import (
+    AvgPoolProjector,
+    FusedAvgPoolProjector,
+    Stencil,
+    backends,
+    pool_linear,
+)
+from deco_kernels.backends import eager
 from deco_kernels.check import Case, case_errors, errors, float32_matmul
 
 # Ragged rows, features and channels; three or more steps of the pipelined loops.
@@ -22,23 +31,53 @@ CASES = {
     "upsampling": Case(2, 3, 25, 72, 80, layer_num=3, strided=True),
     "global": Case(3, 9, 1, 136, 64, layer_num=2),
 }
-MACHINES = ("interpreter", "sm80", "sm90", "gpu")
-
-
+MACHINES = [
+    ("triton", "interpreter"),
+    ("triton", "sm80"),
+    ("triton", "sm90"),
+    ("triton", "gpu"),
+    ("cuda", "host"),
+    ("cuda", "sm80"),
+    pytest.param(("cuda", "sm90"), marks=pytest.mark.slow),  # nvcc's PTX differs little
+    ("cuda", "gpu"),
+]
 INTERPRETING = triton.knobs.runtime.interpret
 
 
-@pytest.fixture(params=MACHINES)
+@dataclass
+class Machine:
+    """Where kernels run; ``context`` yields the statistics of what is launched in it."""
+
+    backend: str
+    name: str
+
+    @property
+    def device(self):
+        return "cuda:0" if self.name == "gpu" else "cpu"
+
+    def context(self):
+        if self.name in ("interpreter", "gpu"):
+            return nullcontext([])
+        if self.name == "host":
+            return on_host(seed=3, resident=2)
+        run = simulated if self.backend == "triton" else on_ptx
+        return run(int(self.name[2:]))
+
+
+@pytest.fixture(params=MACHINES, ids=lambda machine: "-".join(machine))
 def machine(request):
-    """Where kernels run: its name, the device, and a context manager that yields the launches."""
-    name = request.param
+    backend, name = request.param
     if (name == "interpreter") != INTERPRETING:
         pytest.skip("Triton decides on import: see test_the_interpreter_agrees")
     if name == "gpu" and not torch.cuda.is_available():
         pytest.skip("no GPU")
-    if name.startswith("sm"):
-        return name, "cpu", simulated(int(name[2:]))
-    return name, "cuda:0" if name == "gpu" else "cpu", nullcontext()
+    if name == "gpu" and backend == "cuda":
+        reason = backends.unusable("cuda", torch.device("cuda:0"), torch.float16)
+        if reason:
+            pytest.skip(reason)
+    if backend == "cuda" and name != "gpu":
+        require_compilers(ptx=name != "host")
+    return Machine(backend, name)
 
 
 @pytest.mark.skipif(INTERPRETING, reason="this is the interpreter")
@@ -67,39 +106,57 @@ def test_the_interpreter_agrees():
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 def test_16_bit_error_is_at_most_eager(machine, dtype, case):
-    name, device, context = machine
-    if name == "interpreter" and dtype == torch.bfloat16:
+    if machine.name == "interpreter" and dtype == torch.bfloat16:
         pytest.skip("the interpreter computes bfloat16 wrongly")
-    with context as launches:
-        found = case_errors(case, dtype, torch.device(device), "triton", seed=1)
+    with machine.context() as launches:
+        found = case_errors(case, dtype, torch.device(machine.device), machine.backend, seed=1)
     assert all(e.within() for e in found), found
-    assert not [race for stats in launches or () for race in stats.races]
+    assert not [race for stats in launches for race in stats.races]
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 def test_tf32_error_is_at_most_that_of_tf32_products(machine, case):
-    _, device, context = machine
+    device = machine.device
     batch, side, query_num, channels, features, layers, strided = case
     torch.manual_seed(2)
     oracle = AvgPoolProjector(layers, query_num, channels, features).to(device)
-    fused = FusedAvgPoolProjector(layers, query_num, channels, features, backend="triton").to(
-        device
-    )
+    fused = FusedAvgPoolProjector(layers, query_num, channels, features, backend=machine.backend)
+    fused = fused.to(device)
     fused.load_state_dict(oracle.state_dict())
     if device == "cpu":
+        # Triton leaves it to the tensor cores to cut the low bits off; CUDA C++ rounds them.
         Tf32Linear.replace_in(oracle)
     x = torch.randn(batch, side**2 + strided, channels, device=device)[:, int(strided) :]
     dy = torch.randn(batch, query_num, features, device=device)
-    with float32_matmul("tf32"), context as launches:
+    with float32_matmul("tf32"), machine.context() as launches:
         found = errors(fused, oracle, x, dy)
     # Which way a chip rounds to TF32 is its own affair, so the two errors are alike, not ordered.
     assert all(e.within(1.5) for e in found), found
-    assert not [race for stats in launches or () for race in stats.races]
+    assert not [race for stats in launches for race in stats.races]
 
 
 def test_ieee_float32_pools_here_and_multiplies_in_torch(machine):
-    _, device, context = machine
-    with float32_matmul("ieee"), context as launches:
-        found = case_errors(CASES["overlapping"], torch.float32, torch.device(device), "triton")
+    place = torch.device(machine.device)
+    with float32_matmul("ieee"), machine.context() as launches:
+        found = case_errors(CASES["overlapping"], torch.float32, place, machine.backend)
     assert all(e.within() for e in found), found
-    assert {stats.kernel for stats in launches or ()} <= {"pool_kernel"}
+    elementwise = {"pool_kernel"} if machine.backend == "triton" else {"pool", "dgelu"}
+    assert {stats.kernel for stats in launches} <= elementwise
+
+
+def test_tokens_of_another_dtype_than_the_weights(machine):
+    """As under autocast: float32 tokens, 16-bit weights, and the tokens' gradient in float32."""
+    stencil = Stencil.adaptive((4, 4), (3, 3))
+    w, x = torch.randn(72, 24).half(), torch.randn(3, 16, 24)
+    w, x = (t.to(machine.device).requires_grad_() for t in (w, x))
+    dy = torch.randn(3, 9, 72, device=machine.device).half()
+    with machine.context(), torch.autocast(machine.device.partition(":")[0], torch.float16):
+        y = pool_linear(x, w, None, stencil, backend=machine.backend)
+        dx, dw = torch.autograd.grad(y, [x, w], dy)
+    assert (y.dtype, dx.dtype, dw.dtype) == (torch.float16, torch.float32, torch.float16)
+    x, w, dy = (t.detach().double().cpu() for t in (x, w, dy))
+    rows, columns = (t.to("cpu", torch.float64) for t in stencil.tables())
+    p = eager.pool(x, rows._replace(geometry=""), torch.float64)
+    torch.testing.assert_close(y.double().cpu(), p @ w.T, rtol=4e-3, atol=4e-3)
+    want = eager.pool(dy @ w, columns, torch.float64)
+    torch.testing.assert_close(dx.double().cpu(), want, rtol=4e-3, atol=1e-2)

@@ -1,20 +1,24 @@
-"""Do the CTAs of the dataflow kernel wait for each other? Random schedules, and mutants."""
+"""Do the CTAs of the dataflow kernels wait for each other? Random schedules, and mutants."""
+
+from contextlib import contextmanager
 
 import pytest
 import torch
 import triton
+from cuda_machines import host_kernels, mutant, on_host, on_ptx, ptx, require_compilers
 from machines import Copy, simulated
 from ptxsim import SimError
 
-from deco_kernels import Stencil
-from deco_kernels.backends import triton as backend
+from deco_kernels import Stencil, backends
+from deco_kernels.backends import cuda
+from deco_kernels.backends import triton as triton_backend
 from deco_kernels.kernels import pool_linear
 from deco_kernels.kernels.launch import Config
 
 pytestmark = pytest.mark.skipif(triton.knobs.runtime.interpret, reason="needs compiled kernels")
 
 # What each has in place of the text of pool_linear.py
-MUTANTS = {
+TRITON_MUTANTS = {
     "flag wait removed": {'sem="acquire") < SLOTS': 'sem="acquire") < 0'},
     "wait for all but one": {'sem="acquire") < SLOTS': 'sem="acquire") < SLOTS - 1'},
     "release made relaxed": {'panel, 1, sem="release")': 'panel, 1, sem="relaxed")'},
@@ -25,15 +29,35 @@ MUTANTS = {
     "workspace not reset": {"tl.num_programs(0) - 1:": "-1:"},
     "reset too early": {"== tl.num_programs(0) - 1:": "== tl.num_programs(0) - 2:"},
 }
+# and of pool_linear.cu
+CUDA_MUTANTS = {
+    "flag wait removed": {"< SLOTS) __nanosleep": "< 0) __nanosleep"},
+    "wait for all but one": {"< SLOTS) __nanosleep": "< SLOTS - 1) __nanosleep"},
+    "release made relaxed": {"red_release_add(flags + panel, 1)": "atomicAdd(flags + panel, 1)"},
+    "acquire made relaxed": {"ld_acquire(flags + panel)": "atomicAdd(flags + panel, 0)"},
+    "barrier before the flag removed": {"__syncthreads();  // all rows": "//"},
+    "barrier after the wait removed": {"__syncthreads();  // the panel": "//"},
+    "barrier between stages removed": {"__syncthreads();  // this stage": "//"},
+    "copies not waited for": {"wait<STAGES - 2>": "wait<STAGES - 1>"},
+    "row mask off by one": {"r < rows &&": "r <= rows &&"},
+    "workspace not reset": {"(int)gridDim.x - 1": "-1"},
+    "reset too early": {"(int)gridDim.x - 1": "(int)gridDim.x - 2"},
+    "ticket overwritten": {"finished = drawn + 1;": "finished = drawn;"},
+}
+UNSEEN_ON_HOST = {  # accesses happen in program order there, and nobody checks bounds
+    "release made relaxed",
+    "acquire made relaxed",
+    "row mask off by one",
+}
 
 
-def run_twice(dtype: torch.dtype) -> None:
+def run_twice(backend: str, dtype: torch.dtype) -> None:
     """pool_linear on three panels, one ragged; twice, so that the workspace is used again."""
-    x = torch.randn(15, 36, 72).to(dtype)
+    x = torch.randn(15 if backend == "triton" else 30, 36, 72).to(dtype)
     w, bias = torch.randn(72, 72).to(dtype), torch.randn(72).to(dtype)
     rows, _ = Stencil.adaptive((6, 6), (3, 3)).tables("cpu", torch.float32)
     for _ in range(2):
-        p, z, g = backend.pool_linear(x, rows, w, bias, "gelu", True)
+        p, z, g = backends.get(backend).pool_linear(x, rows, w, bias, "gelu", True)
     pooled = torch.nn.functional.adaptive_avg_pool2d(
         x.double().transpose(1, 2).unflatten(2, (6, 6)), (3, 3)
     )
@@ -46,61 +70,111 @@ def run_twice(dtype: torch.dtype) -> None:
 
 
 @pytest.fixture
-def one_workspace(monkeypatch):
+def workspace(monkeypatch):
     """As on a GPU: later launches get the workspace as the ones before have left it.
 
-    Small tiles: many tasks for little arithmetic. Where it counts, test_kernels runs shipped ones.
+    Small Triton tiles: many tasks for little arithmetic. Where it counts, test_kernels runs
+    shipped ones.
     """
     tiles = Config({"PM": 16, "PK": 64, "BM": 64, "BN": 64, "BK": 32}, num_warps=4, num_stages=3)
-    monkeypatch.setattr(backend, "config_for", lambda kernel, dtype: tiles)
+    monkeypatch.setattr(triton_backend, "config_for", lambda kernel, dtype: tiles)
     kept = torch.zeros(64, dtype=torch.int32)
-    monkeypatch.setattr(pool_linear, "workspace_for", lambda device, size: kept)
+    for user in (pool_linear, cuda):
+        monkeypatch.setattr(user, "workspace_for", lambda device, size: kept)
     return kept
 
 
-def check_schedule(workspace, arch, resident, dtype, seed):
-    with simulated(arch, schedule="interleaved", resident=resident, seed=seed) as launches:
-        run_twice(dtype)
-    assert len(launches) == 2
+@contextmanager
+def interleaved(backend, machine, resident, seed, mutated=None):
+    """Blocks of launches in it run in turns; yields the launches' statistics."""
+    if machine == "host":
+        with on_host(seed, resident, host_kernels(mutated) if mutated else None) as launches:
+            yield launches
+        return
+    how = {"schedule": "interleaved", "resident": resident, "seed": seed}
+    arch = int(machine[2:])
+    if backend == "triton":
+        run = simulated(arch, mutated, **how)
+    else:
+        run = on_ptx(arch, *[mutated] * bool(mutated), **how)
+    with run as launches:
+        yield launches
+
+
+def check_schedule(workspace, backend, machine, resident, dtype, seed):
+    with interleaved(backend, machine, resident, seed) as launches:
+        run_twice(backend, dtype)
+    assert len(launches) == (0 if machine == "host" else 2)
     assert not [race for stats in launches for race in stats.races]
     assert workspace.count_nonzero() == 0
 
 
-@pytest.mark.parametrize("arch", [80, 90])
+PLACES = [("triton", "sm80"), ("triton", "sm90"), ("cuda", "sm80"), ("cuda", "host")]
+ALL_PLACES = [*PLACES, ("cuda", "sm90")]
+
+
+@pytest.fixture
+def place(request):
+    backend, machine = request.param
+    if backend == "cuda":
+        require_compilers(ptx=machine != "host")
+    return request.param
+
+
+@pytest.mark.parametrize("place", PLACES, ids="-".join, indirect=True)
 @pytest.mark.parametrize("resident", [1, 2, 3, 4])
-def test_any_schedule_is_right_and_free_of_races(one_workspace, arch, resident):
+def test_any_schedule_is_right_and_free_of_races(workspace, place, resident):
     dtype = torch.float16 if resident == 3 else torch.bfloat16
-    check_schedule(one_workspace, arch, resident, dtype, seed=resident)
+    check_schedule(workspace, *place, resident, dtype, seed=resident)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize("place", ALL_PLACES, ids="-".join, indirect=True)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 @pytest.mark.parametrize("seed", range(4))
-def test_more_schedules(one_workspace, arch, dtype, seed):
-    check_schedule(one_workspace, arch, 2 + seed % 3, dtype, seed=100 + seed)
+def test_more_schedules(workspace, place, dtype, seed):
+    check_schedule(workspace, *place, 2 + seed % 3, dtype, seed=100 + seed)
 
 
-def test_lockstep_is_right_too(one_workspace):
+def test_lockstep_is_right_too(workspace):
     with simulated(80) as launches:
-        run_twice(torch.bfloat16)
+        run_twice("triton", torch.bfloat16)
     assert not [race for stats in launches for race in stats.races]
 
 
-@pytest.mark.parametrize("arch", [80, 90])
-@pytest.mark.parametrize("mutant", MUTANTS)
-def test_mutants_are_caught(one_workspace, tmp_path, arch, mutant):
-    copy = Copy(tmp_path, "pool_linear.py", MUTANTS[mutant])
+def assert_caught(workspace, backend, machine, mutated):
     caught = []
-    for seed in range(6):
-        one_workspace.zero_()
-        how = {"schedule": "interleaved", "resident": 4, "seed": seed}
+    for seed in range(1, 7):
+        workspace.zero_()
         try:
-            with simulated(arch, copy, **how) as launches:
-                run_twice(torch.bfloat16)
-        except (SimError, AssertionError) as error:
+            with interleaved(backend, machine, 4, seed, mutated) as launches:
+                run_twice(backend, torch.bfloat16)
+        except (SimError, AssertionError, RuntimeError) as error:
             caught.append(error)
         caught += [race for stats in launches for race in stats.races]
         if caught:
             break
     assert caught
+
+
+@pytest.mark.parametrize("machine", ["sm80", "sm90"])
+@pytest.mark.parametrize("name", TRITON_MUTANTS)
+def test_mutants_in_triton_are_caught(workspace, tmp_path, machine, name):
+    copy = Copy(tmp_path, "pool_linear.py", TRITON_MUTANTS[name])
+    assert_caught(workspace, "triton", machine, copy)
+
+
+QUICK = ("release made relaxed", "barrier before the flag removed", "ticket overwritten")
+
+
+@pytest.mark.parametrize("machine", ["sm80", pytest.param("host", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=() if n in QUICK else pytest.mark.slow) for n in CUDA_MUTANTS]
+)
+def test_mutants_in_cuda_are_caught(workspace, tmp_path, machine, name):
+    if machine == "host" and name in UNSEEN_ON_HOST:
+        pytest.skip("the PTX simulator sees it")
+    require_compilers(ptx=machine != "host")
+    csrc = mutant(tmp_path, "pool_linear.cu", CUDA_MUTANTS[name])
+    host_kernels(csrc) if machine == "host" else ptx(80, csrc)  # that they compile is no catch
+    assert_caught(workspace, "cuda", machine, csrc)
