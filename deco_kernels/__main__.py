@@ -33,34 +33,39 @@ def _check(options: dict[str, Any]) -> int:
 def _compile(options: dict[str, Any]) -> int:
     from . import aot
 
-    rows, archs, as_json = [], options["arch"], options["json"]
-    total = len(archs) * len(aot.cases())
-    for done, found in enumerate(aot.table(archs), start=1):
-        rows += found
+    table, as_json = aot.table(options.get("arch")), options["json"]
+    for note in table.notes:
+        print(f"deco_kernels: {note}", file=sys.stderr)
+    rows, lines = [], []
+    for done, step in enumerate(table.steps, start=1):
+        rows += step.rows
+        lines += [step.line] if step.line else []
         if not as_json:
-            print(f"\rcompiled {done} of {total}", end="", file=sys.stderr, flush=True)
+            print(f"\rcompiled {done} of {table.total}", end="", file=sys.stderr, flush=True)
+    rows.sort(key=lambda row: row.arch)
     if as_json:
         print(json.dumps([dataclasses.asdict(row) for row in rows], indent=1))
     else:
         print(file=sys.stderr)
-        print(_table(rows))
+        print("\n".join([_table(rows), *lines]))
     return 1 if any(row.problems for row in rows) else 0
 
 
 def _table(rows: "Sequence[Row]") -> str:
     """An aligned table, one line a row, and a summary."""
-    cells = [("arch", "kernel", "case", "config", "regs", "spill", "shared", "limit", "cores", "")]
+    columns = "arch backend kernel case config regs spill shared limit cores"
+    cells = [(*columns.split(), "")]
     for row in rows:
         sizes = row.registers, row.spill_bytes, row.shared_bytes, row.shared_limit
         problems = f"! {', '.join(row.problems)}" if row.problems else ""
         cores = row.tensor_core or "-"
-        head = f"sm_{row.arch}", row.kernel, row.case, row.config
+        head = f"sm_{row.arch}", row.backend, row.kernel, row.case, row.config
         cells.append((*head, *map(str, sizes), cores, problems))
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     lines = []
     for line in cells:
         aligned = [
-            cell.rjust(width) if 4 <= i < 8 else cell.ljust(width)  # sizes to the right
+            cell.rjust(width) if 5 <= i < 9 else cell.ljust(width)  # sizes to the right
             for i, (cell, width) in enumerate(zip(line, widths, strict=True))
         ]
         lines.append("  ".join(aligned).rstrip())
@@ -107,8 +112,8 @@ def _parser() -> argparse.ArgumentParser:
     command("info", _info, "versions, devices, and which backends are usable and why not")
     where(command("check", _check, "forward and every gradient against float64"))
     added = command("compile", _compile, "compile every kernel ahead of time; needs no GPU")
-    help_arch = "compute capabilities; default: %(default)s"
-    added.add_argument("--arch", type=_archs, default="80,90,100,120", help=help_arch)
+    help_arch = "compute capabilities; default: 80,90,100,120, and 75,86,89 for the CUDA kernels"
+    added.add_argument("--arch", type=_archs, help=help_arch)
     added.add_argument("--json", action="store_true", default=False, help="print rows as JSON")
     added = command("demo", _demo, "train a tiny multimodal model with either projector, and plot")
     added.add_argument("--out", type=Path, help="the picture to write")

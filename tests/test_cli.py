@@ -12,8 +12,14 @@ import torch
 import triton
 
 import deco_kernels
-from deco_kernels import aot, check
+from deco_kernels import aot, check, extension
 from deco_kernels.__main__ import main
+from deco_kernels.aot import triton as jit
+
+COMPILES_TRITON = pytest.mark.skipif(
+    triton.knobs.runtime.interpret, reason="the interpreter compiles nothing"
+)
+COMPILES_CUDA = pytest.mark.skipif(extension.nvcc() is None, reason="nvcc was not found")
 
 
 def python(*arguments):
@@ -48,6 +54,11 @@ def row(**fields):
         "case": "bf16 dz",
     }
     return aot.Row(**{**plain, **fields})
+
+
+def table_of(*steps, notes=()):
+    """In place of ``aot.table``: nothing is compiled."""
+    return lambda archs: aot.Table(iter(steps), len(steps), list(notes))
 
 
 def test_help_names_every_command():
@@ -85,6 +96,13 @@ def test_info_tells_versions_and_usable_backends(capsys):
     assert sum(name.startswith("device cuda:") for name in lines) == torch.cuda.device_count()
 
 
+def test_info_tells_where_the_cuda_kernels_are(monkeypatch, capsys):
+    monkeypatch.setattr(extension, "state", lambda: "cannot be built: nvcc was not found")
+    main(["info"])
+    lines = lines_of(capsys.readouterr().out)
+    assert lines["CUDA kernels"] == "cannot be built: nvcc was not found"
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="triton is usable on this GPU")
 def test_info_tells_why_a_backend_is_not_usable(capsys):
     main(["info"])
@@ -95,25 +113,67 @@ def test_info_tells_why_a_backend_is_not_usable(capsys):
     assert lines["backend auto"].startswith("eager on cpu: ")
 
 
-def test_without_triton_info_works_and_compile_says_what_is_missing():
+def test_without_triton_info_works_and_without_nvcc_too_compile_says_what_is_missing():
     run = python(
         "-c",
-        "import sys; sys.modules['triton'] = None; from deco_kernels.__main__ import main; "
+        "import os, sys; sys.modules['triton'] = None; os.environ['CUDA_HOME'] = '/nowhere'; "
+        "import torch; torch.version.cuda = '13.0'; from deco_kernels.__main__ import main; "
         "assert main(['info']) == 0; sys.exit(main(['compile']))",
     )
     lines = lines_of(run.stdout)
     assert lines["triton"].startswith("missing (")
     assert lines["backend triton"].startswith("not usable: triton cannot be imported (")
-    assert re.match(r"deco_kernels: error: .*triton", only_line(run.stderr))
+    error = re.match(
+        r"deco_kernels: error: CUDA kernels are not listed: nvcc was not found .*; "
+        r"Triton kernels are not listed: triton cannot be imported \(",
+        only_line(run.stderr),
+    )
+    assert error, run.stderr
     assert run.returncode == 2
 
 
-@pytest.mark.skipif(triton.knobs.runtime.interpret, reason="the interpreter compiles nothing")
+@COMPILES_CUDA
+def test_without_triton_compile_lists_the_cuda_kernels():
+    run = python(
+        "-c",
+        "import sys; sys.modules['triton'] = None; from deco_kernels.aot import cuda; "
+        "cuda.SOURCES = ['dgelu.cu']; from deco_kernels.__main__ import main; "
+        "sys.exit(main(['compile', '--arch', '80', '--json']))",
+    )
+    assert run.returncode == 0
+    assert [(row["backend"], row["case"]) for row in json.loads(run.stdout)] == [
+        ("cuda", "bf16"),
+        ("cuda", "fp16"),
+        ("cuda", "fp32"),
+    ]
+    note = "deco_kernels: Triton kernels are not listed: triton cannot be imported ("
+    assert only_line(run.stderr).startswith(note)
+
+
+@COMPILES_TRITON
+def test_without_nvcc_compile_lists_the_triton_kernels(monkeypatch, capfd):
+    monkeypatch.setenv("CUDA_HOME", "/nowhere")
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(extension, "missing", extension.missing.__wrapped__)  # nothing is cached
+    chosen = {"bf16 dz": jit.cases()["bf16 dz"]}
+    monkeypatch.setattr(jit, "cases", lambda: chosen)
+    assert main(["compile", "--arch", "80"]) == 0
+    out, err = capfd.readouterr()
+    _, product, summary = out.splitlines()
+    assert product.split()[:3] == ["sm_80", "triton", "dact_linear"]
+    assert summary.startswith("all 1 fit")
+    note, progress = err.splitlines()[0], err.splitlines()[-1]
+    assert note.startswith("deco_kernels: CUDA kernels are not listed: nvcc was not found (")
+    assert progress.endswith("compiled 1 of 1")
+
+
+@COMPILES_TRITON
 def test_compile_prints_json_and_nothing_else(monkeypatch, capfd):
     names = ["fp32 pool 576->144 backward", "bf16 dz"]
-    chosen = {name: aot.cases()[name] for name in names}
-    monkeypatch.setattr(aot, "cases", lambda: chosen)
-    monkeypatch.setattr(aot, "MOST_WORKERS", 1)  # another one would import torch once more
+    chosen = {name: jit.cases()[name] for name in names}
+    monkeypatch.setattr(jit, "cases", lambda: chosen)
+    monkeypatch.delitem(aot.ARCHS, "cuda")
+    monkeypatch.setattr(jit, "MOST_WORKERS", 1)  # another one would import torch once more
     assert main(["compile", "--arch", "80,90", "--json"]) == 0
     out, err = capfd.readouterr()
     assert err == ""
@@ -139,7 +199,7 @@ def test_compile_prints_json_and_nothing_else(monkeypatch, capfd):
 
 def test_compile_prints_an_aligned_table_and_a_summary(monkeypatch, capsys):
     pool = row(kernel="pool", config="PM=8 PK=512", registers=37, tensor_core=None)
-    monkeypatch.setattr(aot, "table", lambda archs: iter([[row()], [pool]]))
+    monkeypatch.setattr(aot, "table", table_of(aot.Step([row()]), aot.Step([pool])))
     assert main(["compile"]) == 0
     header, *lines, summary = capsys.readouterr().out.splitlines()
     for line, config in zip(lines, ("GROUP=8", "PM=8 PK=512"), strict=True):
@@ -160,7 +220,8 @@ def test_compile_prints_an_aligned_table_and_a_summary(monkeypatch, capsys):
 )
 @pytest.mark.parametrize("flags", [[], ["--json"]])
 def test_compile_fails_if_one_row_must_not_ship(monkeypatch, capsys, fields, problem, flags):
-    monkeypatch.setattr(aot, "table", lambda archs: iter([[row()], [row(**fields)], [row()]]))
+    steps = aot.Step([row()]), aot.Step([row(**fields)]), aot.Step([row()])
+    monkeypatch.setattr(aot, "table", table_of(*steps))
     assert main(["compile", *flags]) == 1
     out = capsys.readouterr().out
     if not flags:
@@ -170,19 +231,57 @@ def test_compile_fails_if_one_row_must_not_ship(monkeypatch, capsys, fields, pro
         assert summary.startswith("1 of 3 must not ship")
 
 
-def test_compile_is_for_every_generation_by_default(monkeypatch):
+CUDA_AND_TRITON = (
+    aot.Step([row(arch=80, backend="cuda"), row(arch=80, kernel="pool")], "sm_80: in 7.1 s"),
+    aot.Step([row(arch=90, backend="cuda")], "sm_90: in 7.2 s"),
+    aot.Step([row(arch=80)]),
+)
+
+
+def test_compile_says_last_what_an_architecture_took(monkeypatch, capsys):
+    monkeypatch.setattr(aot, "table", table_of(*CUDA_AND_TRITON, notes=["no such kernels: why"]))
+    assert main(["compile"]) == 0
+    out, err = capsys.readouterr()
+    _, *rows, summary, first, second = out.splitlines()
+    found = [line.split()[:2] for line in rows]
+    assert found == [["sm_80", "cuda"], ["sm_80", "triton"], ["sm_80", "triton"], ["sm_90", "cuda"]]
+    assert summary.startswith("all 4 fit")
+    assert (first, second) == ("sm_80: in 7.1 s", "sm_90: in 7.2 s")
+    assert err.splitlines()[0] == "deco_kernels: no such kernels: why"
+    assert err.endswith("compiled 3 of 3\n")
+
+
+def test_compile_prints_rows_alone_as_json(monkeypatch, capsys):
+    monkeypatch.setattr(aot, "table", table_of(*CUDA_AND_TRITON, notes=["no such kernels: why"]))
+    assert main(["compile", "--json"]) == 0
+    out, err = capsys.readouterr()
+    assert [row["arch"] for row in json.loads(out)] == [80, 80, 80, 90]
+    assert only_line(err) == "deco_kernels: no such kernels: why"
+
+
+def test_compile_is_for_every_generation_by_default(monkeypatch, capsys):
     asked = []
-    monkeypatch.setattr(aot, "table", lambda archs: asked.append(archs) or iter([[row()]]))
+    nothing = table_of(aot.Step([row()]))
+    monkeypatch.setattr(aot, "table", lambda archs: asked.append(archs) or nothing(archs))
     main(["compile"])
-    assert asked == [[80, 90, 100, 120]]
+    main(["compile", "--arch", "75,90"])
+    assert asked == [None, [75, 90]]
+    monkeypatch.setenv("COLUMNS", "200")
+    with pytest.raises(SystemExit, match="0"):
+        main(["compile", "--help"])
+    (listed,) = re.findall(r"default: ([\d,]+), and ([\d,]+) for", capsys.readouterr().out)
+    triton_archs, others = (tuple(map(int, archs.split(","))) for archs in listed)
+    assert triton_archs == aot.ARCHS["triton"] == (80, 90, 100, 120)
+    assert others == (75, 86, 89)
+    assert aot.ARCHS["cuda"] == tuple(sorted(triton_archs + others))
 
 
 def test_an_unknown_arch_is_one_line_of_error_that_lists_the_known(capsys):
-    assert main(["compile", "--arch", "80,75"]) == 2
+    assert main(["compile", "--arch", "80,70"]) == 2
     out, err = capsys.readouterr()
     assert out == ""
     line = only_line(err)
-    assert line == "deco_kernels: error: unknown arch 75; known are 80, 86, 89, 90, 100, 120"
+    assert line == "deco_kernels: error: unknown arch 70; known are 75, 80, 86, 89, 90, 100, 120"
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Does it fit the chip? Compiles every kernel ahead of time and reads what came out."""
+"""What do the Triton kernels take of a chip? The JIT compiles them, cuobjdump reports."""
 
 import multiprocessing
 import os
@@ -8,7 +8,6 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -17,53 +16,11 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
-from .backends import triton as verbs
-from .check import float32_matmul
-from .kernels.launch import Chip, Config, stand_in
-from .stencil import Stencil
-
-# Bytes of shared memory that one thread block may use, by architecture: the CUDA C++ Programming
-# Guide, "Compute Capabilities", "Maximum amount of shared memory per thread block" in KiB.
-_LIMITS = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
-SHARED_LIMIT = {arch: 1024 * kib for arch, kib in _LIMITS.items()}
-_NO_PRODUCT = ("pool", "bias_grad")  # kernels that multiply no matrices
-
-# PTX of a matrix product on tensor cores, the newest first: sm_90 knows mma.sync as well.
-_TENSOR_CORES = {"tcgen05.mma": "tcgen05", "wgmma.mma_async": "wgmma", "mma.sync": "mma.sync"}
-
-
-@dataclass(frozen=True)
-class Row:
-    """One kernel, compiled for one architecture in the form that one case launches.
-
-    ``spill_bytes`` is the stack frame of a thread. These kernels keep no arrays, so all of it is
-    spilled registers, and it is 0 exactly where ptxas reports no spill. ``shared_bytes`` and
-    ``shared_limit`` count a thread block, ``registers`` a thread. ``tensor_core`` is the family of
-    instructions of its matrix products: "mma.sync", "wgmma", "tcgen05", or None.
-    """
-
-    kernel: str
-    backend: str
-    arch: int
-    config: str
-    registers: int
-    spill_bytes: int
-    shared_bytes: int
-    shared_limit: int
-    tensor_core: str | None
-    case: str
-
-    @property
-    def problems(self) -> list[str]:
-        """Why this must not ship; empty if it may."""
-        found = []
-        if self.spill_bytes:
-            found.append(f"spills {self.spill_bytes} bytes")
-        if self.shared_bytes > self.shared_limit:
-            found.append(f"{self.shared_bytes} of {self.shared_limit} bytes of shared memory")
-        if self.kernel not in _NO_PRODUCT and self.tensor_core is None:
-            found.append("no tensor cores")
-        return found
+from ..backends import triton as verbs
+from ..check import float32_matmul
+from ..kernels.launch import Chip, Config, stand_in
+from ..stencil import Stencil
+from . import SHARED_LIMIT, Row, Step, tensor_core
 
 
 class Compiled(NamedTuple):
@@ -178,14 +135,22 @@ def _driver_for(arch: int) -> Iterator[None]:
         driver.set_active(before)
 
 
+def problem(arch: int) -> str | None:
+    """Why nothing can be compiled here for ``arch``; None if something can."""
+    if triton.knobs.runtime.interpret:
+        return "Triton's interpreter compiles nothing: unset TRITON_INTERPRET"
+    return None
+
+
 def compiled(case: str, arch: int) -> list[Compiled]:
     """Every launch of a case, compiled for ``arch`` by the JIT itself, so that this is what ships.
 
     Raises:
         RuntimeError: Triton is in its interpreter, which compiles nothing.
     """
-    if triton.knobs.runtime.interpret:
-        raise RuntimeError("Triton's interpreter compiles nothing: unset TRITON_INTERPRET")
+    reason = problem(arch)
+    if reason:
+        raise RuntimeError(reason)
     found = []
 
     def compile_launch(
@@ -224,26 +189,22 @@ def rows(case: str, arch: int) -> list[Row]:
             spill_bytes=resources["STACK"] + resources["LOCAL"],
             shared_bytes=binary.metadata.shared,
             shared_limit=SHARED_LIMIT[arch],
-            tensor_core=next((name for op, name in _TENSOR_CORES.items() if op in ptx), None),
+            tensor_core=tensor_core(ptx),
             case=case,
         )
         found.append(row)
     return found
 
 
-def table(archs: Sequence[int]) -> Iterator[list[Row]]:
-    """The rows of every case for every architecture, case by case; compiles on several cores.
+def count_steps(archs: Sequence[int]) -> int:
+    return len(archs) * len(cases())
 
-    Raises:
-        ValueError: an architecture is not known; lists those that are.
-    """
-    unknown = [str(arch) for arch in archs if arch not in SHARED_LIMIT]
-    if unknown:
-        known = ", ".join(map(str, SHARED_LIMIT))
-        raise ValueError(f"unknown arch {', '.join(unknown)}; known are {known}")
+
+def steps(archs: Sequence[int]) -> Iterator[Step]:
+    """Every case for every architecture, case by case; compiles on several cores."""
     tasks = [(case, arch) for arch in archs for case in cases()]
     workers = min(os.cpu_count() or 1, MOST_WORKERS)
     # Not forked: torch has threads by now.
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, mp_context=context) as pool:
-        yield from pool.map(rows, *zip(*tasks, strict=True))
+        yield from map(Step, pool.map(rows, *zip(*tasks, strict=True)))
