@@ -2,7 +2,6 @@
 
 import importlib.util
 import os
-import re
 
 from setuptools import find_packages, setup
 
@@ -20,8 +19,8 @@ def machinery():
 
 def default_archs(extension):
     """Those of ARCHS that this nvcc knows; later GPUs compile the last one's PTX."""
-    known = re.findall(r"compute_(\d+)", extension.ask(extension.nvcc(), "--list-gpu-arch"))
-    return ";".join(arch for arch in ARCHS if arch.replace(".", "") in known) + "+PTX"
+    known = extension.known_archs()
+    return ";".join(arch for arch in ARCHS if int(arch.replace(".", "")) in known) + "+PTX"
 
 
 def cuda_library():
@@ -48,7 +47,10 @@ def cuda_library():
     library = builder.CUDAExtension(
         extension.AHEAD_OF_TIME,
         [f"csrc/{name}" for name in extension.SOURCES],
-        extra_compile_args=extension.FLAGS,
+        extra_compile_args={
+            **extension.FLAGS,
+            "cxx": extension.FLAGS["cxx"] + extension.facts(os.environ["TORCH_CUDA_ARCH_LIST"]),
+        },
     )
     return {
         "ext_modules": [library],

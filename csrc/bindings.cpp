@@ -148,7 +148,7 @@ void pool_linear(const Tensor& x, const Tensor& index, const Tensor& weight, boo
                     workspace_size(params.M), " integers, got ", workspace.numel());
   params.N = launch.size("N", n);
   params.sms = launch.size("sms", sms);
-  params.stride_wn = w.stride(0);
+  params.stride_wn = n > 1 ? w.stride(0) : 0;  // of a single row it may be anything
   params.stride_wk = w.stride(1);
   params.w_aligned = Launch::aligned(w) && Launch::aligned(p) && w.stride(0) <= MAX_INT / 64;
   params.z_aligned = Launch::aligned(z) && Launch::aligned(g);
@@ -191,4 +191,6 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.attr("arch_list") = deco::arch_list();
   m.attr("cuda_version") = deco::cuda_version();
   m.attr("torch_version") = TORCH_VERSION;
+  m.attr("ptx_arch") = DECO_PTX_ARCH;  // 0: no PTX
+  m.attr("sources") = DECO_SOURCES;    // a digest
 }

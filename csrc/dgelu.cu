@@ -60,6 +60,7 @@ const char* dgelu(const Params& params, void* stream) {
     using E = decltype(e);
     const int columns = 32 * (params.z_aligned ? VECTOR<E> : 1);
     const dim3 grid(cdiv(params.M, SUM_ROWS), cdiv(params.N, columns));
+    if (grid.y > 65535) return "too many features for one launch";
     return launch(dgelu_kernel<E>, grid, 32 * WARPS, 0, stream, params);
   });
 }

@@ -95,10 +95,11 @@ def _problem(arch: int) -> str | None:
     archs = wanted_archs()
     if not archs:
         return "no GPU is visible; set TORCH_CUDA_ARCH_LIST to build without one"
-    listed = re.findall(r"(\d+)\.(\d)\w?(\+PTX)?", archs)  # empty if torch's names, as "Ampere"
-    numbers = {10 * int(major) + int(minor): ptx for major, minor, ptx in listed}
-    if listed and not _covers(numbers, arch) and not any(a <= arch for a in numbers if numbers[a]):
-        return f"TORCH_CUDA_ARCH_LIST ({archs}) has nothing for compute capability {arch / 10}"
+    listed = [re.fullmatch(r"(\d+)\.(\d)\w?(?:\+PTX)?", word) for word in archs.split()]
+    if all(listed):  # torch has names, too, as "Ampere"
+        numbers = [10 * int(word[1]) + int(word[2]) for word in listed]
+        if not _covers(numbers, ptx_arch(archs), arch):
+            return f"TORCH_CUDA_ARCH_LIST ({archs}) has nothing for compute capability {arch / 10}"
     return _obstacle()
 
 
@@ -122,7 +123,8 @@ def state() -> str:
     """One line for ``info``."""
     ahead = _ahead_of_time()
     if ahead is not None:
-        return f"built ahead of time for {', '.join(str(a / 10) for a in ahead.arch_list)}"
+        archs = [f"{a / 10}{'+PTX' * (a == ahead.ptx_arch)}" for a in ahead.arch_list]
+        return f"built ahead of time for {', '.join(archs)}"
     reason = _obstacle()
     if reason:
         return f"cannot be built: {reason}"
@@ -133,12 +135,31 @@ def state() -> str:
 
 def _fits(arch: int) -> bool:
     ahead = _ahead_of_time()
-    return ahead is not None and _covers(ahead.arch_list, arch)
+    return ahead is not None and _covers(ahead.arch_list, ahead.ptx_arch, arch)
 
 
-def _covers(archs: Iterable[int], arch: int) -> bool:
-    """Machine code runs on its own and later minor versions of a compute capability."""
-    return any(a // 10 == arch // 10 and a <= arch for a in archs)
+def _covers(archs: Iterable[int], ptx: int, arch: int) -> bool:
+    """Machine code runs on later minor versions of its architecture, PTX on all later ones."""
+    return any(a // 10 == arch // 10 and a <= arch for a in archs) or 0 < ptx <= arch
+
+
+def ptx_arch(archs: str) -> int:
+    """The first architecture of a list such as "8.0 9.0+PTX" that keeps its PTX: 90; or 0."""
+    kept = re.findall(r"(\d+)\.(\d)\w?\+PTX", archs)
+    return min((10 * int(major) + int(minor) for major, minor in kept), default=0)
+
+
+def facts(archs: str) -> list[str]:
+    """Compiler flags that tell the library what it is built of and for."""
+    return [f"-DDECO_SOURCES={digest():#x}", f"-DDECO_PTX_ARCH={ptx_arch(archs)}"]
+
+
+def digest() -> int:
+    """Of the C++ sources."""
+    found = hashlib.sha256()
+    for file in sorted(path for path in folder().glob("*") if path.is_file()):
+        found.update(f"\0{file.name}\0".encode() + file.read_bytes())
+    return int(found.hexdigest()[:15], 16)
 
 
 @lru_cache
@@ -150,9 +171,12 @@ def _ahead_of_time() -> ModuleType | None:
     except ImportError as error:
         reason = str(error)
     else:
-        if torch.__version__.startswith(module.torch_version):
+        if not torch.__version__.startswith(module.torch_version):
+            reason = f"for torch {module.torch_version}, this is {torch.__version__}"
+        elif module.sources != digest():
+            reason = f"of other sources than are in {folder()}"
+        else:
             return module
-        reason = f"for torch {module.torch_version}, this is {torch.__version__}"
     warnings.warn(f"CUDA kernels built ahead of time are unusable: {reason}", stacklevel=2)
     return None
 
@@ -171,7 +195,15 @@ def wanted_archs() -> str:
         return " ".join(listed)
     visible = range(torch.cuda.device_count())
     capabilities = {torch.cuda.get_device_capability(i) for i in visible}
-    return " ".join(f"{major}.{minor}" for major, minor in sorted(capabilities))
+    known = known_archs()
+    archs = set()
+    for major, minor in sorted(c for c in capabilities if c >= (7, 5)):
+        fitting = [m for a, m in (divmod(arch, 10) for arch in known) if a == major and m <= minor]
+        if fitting or not known:
+            archs.add(f"{major}.{max(fitting, default=minor)}")
+        else:  # a GPU that this nvcc does not know: it compiles the PTX itself
+            archs.add(f"{max(known) / 10}+PTX")
+    return " ".join(sorted(archs))
 
 
 @lru_cache
@@ -203,6 +235,14 @@ def nvcc() -> str | None:
     if home:
         return shutil.which("nvcc", path=os.path.join(home, "bin"))
     return shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
+
+
+@lru_cache
+def known_archs() -> tuple[int, ...]:
+    """What nvcc compiles for: (75, ..., 120); empty if it does not tell."""
+    compiler = nvcc()
+    listed = ask(compiler, "--list-gpu-arch") if compiler else ""
+    return tuple(map(int, re.findall(r"compute_(\d+)", listed)))
 
 
 def cuda_version(nvcc: str) -> str:
@@ -247,11 +287,8 @@ def target() -> Path:
     """The finished library of a first-use build: the path tells everything that went into it."""
     root = os.environ.get("TORCH_EXTENSIONS_DIR") or torch_builder().get_default_build_root()
     tag = sysconfig.get_config_var("EXT_SUFFIX")
-    facts = torch.__version__, torch.version.cuda, tag, wanted_archs(), FLAGS
-    digest = hashlib.sha256(repr(facts).encode())
-    for file in sorted(path for path in folder().glob("*") if path.is_file()):
-        digest.update(f"\0{file.name}\0".encode() + file.read_bytes())
-    key = digest.hexdigest()[:16]
+    all_that_matters = torch.__version__, torch.version.cuda, tag, wanted_archs(), FLAGS, digest()
+    key = hashlib.sha256(repr(all_that_matters).encode()).hexdigest()[:16]
     name = f"_deco_kernels_{key}" + (".pyd" if sys.platform == "win32" else ".so")
     return Path(root).resolve() / "deco_kernels" / key / name
 
@@ -346,7 +383,7 @@ def _compile(name: str, work: Path) -> ModuleType:
         return builder.load(
             name,
             [str(folder() / source) for source in SOURCES],
-            extra_cflags=FLAGS["cxx"],
+            extra_cflags=FLAGS["cxx"] + facts(wanted_archs()),
             extra_cuda_cflags=FLAGS["nvcc"],
             build_directory=str(work),
         )

@@ -6,7 +6,7 @@ import sys
 import torch
 
 from . import __version__, extension
-from .backends import BACKENDS, choose, unusable
+from .backends import BACKENDS, preferred, unusable
 
 DTYPES = torch.bfloat16, torch.float16, torch.float32, torch.float64
 
@@ -49,7 +49,7 @@ def _backend(backend: str, device: torch.device) -> str:
 def report() -> str:
     """Aligned lines of text."""
     device = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
-    auto = choose("auto", device, torch.bfloat16)
+    auto = preferred(device, torch.bfloat16)
     lines = [
         ("deco_kernels", __version__),
         ("python", f"{platform.python_version()} on {sys.platform}"),

@@ -78,6 +78,7 @@ def _pool(x, index, weight, ragged, geometry, dtype, backend) -> torch.Tensor:
 def _pool_linear(x, index, weight, ragged, geometry, w, bias, activation, keep_z, backend) -> Three:
     _refuse_grad(x, w, bias)
     table = Table(index, weight, ragged, geometry)
+    bias = None if bias is None else bias.contiguous()  # the kernels read no strides of it
     out = backends.get(backend).pool_linear(x, table, w, bias, activation, keep_z)
     return _filled(w, *out)
 

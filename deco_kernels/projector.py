@@ -125,7 +125,7 @@ class FusedAvgPoolProjector(AvgPoolProjector):
             return self.mlp_projector(pooled.flatten(2).transpose(1, 2))
         stencil = Stencil.adaptive_checked(grid, (self._side, self._side))
         if path == "pooled":
-            return self.mlp_projector(functional.pool(x, stencil, backend=backend))
+            return self.mlp_projector(functional.pool(x, stencil, backend=self.backend))
 
         # The parameters as `_unreadable` has seen them; a module's attributes are slow to look up.
         first, *rest = (linear._parameters for linear in list(self.mlp_projector)[::2])

@@ -84,6 +84,7 @@ def _bindings() -> ctypes.CDLL:
     objects = [folder / "bindings.o", folder / "switch.o"]
     includes = [*include_paths(), sysconfig.get_paths()["include"], str(CSRC)]
     flags = ["-O1", "-std=c++20", "-DDECO_ON_HOST", f"-DTORCH_EXTENSION_NAME={NAME}"]
+    flags += extension.facts("")
     flags += [f"-I{path}" for path in includes]
     with ThreadPoolExecutor() as pool:
         sources = [CSRC / "bindings.cpp", HERE / "switch.cpp"]

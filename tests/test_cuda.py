@@ -1,6 +1,7 @@
 """Do the CUDA C++ kernels and their bindings do what they say, wherever they run?"""
 
 import os
+import re
 import subprocess
 import sys
 
@@ -101,6 +102,17 @@ def as_laid_out(t, dtype):
     return out.copy_(t)
 
 
+def test_one_feature_whose_stride_may_be_anything():
+    rows, _ = tables((4, 4), (2, 2))
+    w = torch.randn(64, 1).to(BF16).T  # [1, 64], and a row's stride of 1
+    assert w.is_contiguous()
+    x = torch.randn(2, 16, 64).to(BF16)
+    with on_host():
+        _, z, _ = cuda.pool_linear(x, rows, w, None, None, True)
+        _, same, _ = cuda.pool_linear(x, rows, w.clone(), None, None, True)
+    assert torch.equal(z, same)
+
+
 def test_an_infinity_reaches_its_own_windows_only():
     rows, _ = tables((5, 5), (3, 3))
     x = torch.zeros(1, 25, 8)
@@ -169,10 +181,25 @@ def test_before_ampere_float32_is_cublass_whatever_torchs_setting():
 def test_auto_takes_cuda_where_triton_cannot_run(monkeypatch, triton, library, choice):
     monkeypatch.setattr(backends.get("triton"), "unusable", lambda device, dtype: triton)
     monkeypatch.setattr(cuda, "unusable", lambda device, dtype: library)
+    monkeypatch.setattr(cuda, "prepare", lambda device: None)
     found = backends.choose("auto", torch.device("cuda:0"), BF16)
     assert found.backend == choice
     for problem in (triton, library):
         assert problem is None or problem in found.reason
+
+
+def test_auto_is_eager_where_the_library_cannot_be_built(monkeypatch):
+    def prepare(device):
+        raise RuntimeError("building the CUDA kernels failed\nand a long story")
+
+    monkeypatch.setattr(backends.get("triton"), "unusable", lambda device, dtype: "no triton")
+    monkeypatch.setattr(cuda, "unusable", lambda device, dtype: None)
+    monkeypatch.setattr(cuda, "prepare", prepare)
+    found = backends.choose("auto", torch.device("cuda:0"), BF16)
+    assert found.backend == "eager"
+    assert found.reason.endswith("but building the CUDA kernels failed")
+    assert backends.preferred(torch.device("cuda:0"), BF16).backend == "cuda"
+    assert backends.choose("cuda", torch.device("cuda:0"), BF16).backend == "cuda"
 
 
 def test_on_the_cpu_it_says_what_it_needs():
@@ -354,10 +381,12 @@ def test_address_and_undefined_behaviour_sanitizers_find_nothing():
     run = subprocess.run(
         [
             *(sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"),
-            *(f"{here}/test_kernels.py", f"{here}/test_cuda.py", "-k", "cuda-host or strided"),
+            *(f"{here}/test_kernels.py", f"{here}/test_cuda.py"),
+            *("-k", "(cuda-host and (bf16-overlapping or unaligned)) or strided"),
         ],
         env={**os.environ, **environment},
         capture_output=True,
         text=True,
     )
     assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
+    assert int(re.search(r"(\d+) passed", run.stdout)[1]) >= 12

@@ -33,7 +33,8 @@ def finished(process):
 
 def ahead_of_time(monkeypatch, extension, torch_version=torch.__version__):
     module = ModuleType(extension.AHEAD_OF_TIME)
-    module.arch_list, module.torch_version = [80, 90], torch_version
+    module.arch_list, module.ptx_arch, module.torch_version = [80, 90], 0, torch_version
+    module.sources = extension.digest()
     monkeypatch.setitem(sys.modules, extension.AHEAD_OF_TIME, module)
     return module
 
@@ -234,6 +235,7 @@ def test_what_is_missing_is_named(here, monkeypatch, remove, message):
         ("9.0+PTX", 86, False),
         ("12.0", 120, True),
         ("Hopper", 90, True),
+        ("Ampere 9.0", 80, True),
     ],
 )
 def test_an_arch_list_must_cover_the_device(here, monkeypatch, archs, arch, covered):
@@ -256,6 +258,22 @@ def test_the_visible_gpus_are_built_for_if_nobody_says(here, monkeypatch):
         built = re.findall(r"-gencode=arch=(\S+)", command)
         assert built == ["compute_80,code=sm_80", "compute_90,code=sm_90"]
     assert "TORCH_CUDA_ARCH_LIST" not in os.environ
+
+
+@pytest.mark.parametrize(
+    ("gpus", "archs"),
+    [
+        ([(6, 1), (8, 9)], "8.7"),  # the first is too old for the kernels, the second for this nvcc
+        ([(12, 1)], "10.0+PTX"),
+        ([(7, 0)], ""),
+        ([(9, 0), (8, 0)], "8.0 9.0"),
+    ],
+)
+def test_gpus_that_nvcc_or_the_kernels_do_not_know(here, monkeypatch, gpus, archs):
+    monkeypatch.delenv("TORCH_CUDA_ARCH_LIST")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(gpus))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda i: gpus[i])
+    assert here.extension.wanted_archs() == archs
 
 
 def test_without_gpu_and_arch_list_it_says_what_to_set(here, monkeypatch):
@@ -334,6 +352,22 @@ def test_a_library_built_ahead_of_time_without_this_gpu_is_passed_over(here, mon
     assert here.extension.library(120) is not module
     assert here.extension.library(90) is module
     assert len(here.compiled()) == 4
+
+
+def test_a_library_built_ahead_of_time_with_ptx_runs_on_later_gpus(here, monkeypatch):
+    module = ahead_of_time(monkeypatch, here.extension)
+    module.ptx_arch = 90
+    assert here.extension.state() == "built ahead of time for 8.0, 9.0+PTX"
+    assert here.extension.library(120) is module
+    assert here.extension.ptx_arch("8.0 9.0+PTX;10.0+PTX") == 90
+    assert here.extension.ptx_arch("8.0") == 0
+
+
+def test_a_library_built_ahead_of_time_of_other_sources_is_passed_over(here, monkeypatch):
+    module = ahead_of_time(monkeypatch, here.extension)
+    (here.csrc / "pool.cu").write_text("int pool, changed;\n")
+    with pytest.warns(UserWarning, match="unusable: of other sources than are in"):
+        assert here.extension.library(80) is not module
 
 
 def test_a_library_built_ahead_of_time_for_another_torch_is_passed_over(here, monkeypatch):

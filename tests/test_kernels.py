@@ -17,6 +17,7 @@ from deco_kernels import (
     AvgPoolProjector,
     FusedAvgPoolProjector,
     Stencil,
+    act_linear,
     backends,
     pool_linear,
 )
@@ -145,6 +146,34 @@ def test_ieee_float32_pools_here_and_multiplies_in_torch(machine):
     assert all(e.within() for e in found), found
     elementwise = {"pool_kernel"} if machine.backend == "triton" else {"pool", "dgelu"}
     assert {stats.kernel for stats in launches} <= elementwise
+
+
+def test_a_strided_bias(machine):
+    stencil = Stencil.adaptive((4, 4), (2, 2))
+    x, w = torch.randn(2, 16, 64), torch.randn(16, 64)
+    for bias in (torch.randn(32)[::2], torch.randn(1).expand(16)):
+        args = [t.to(machine.device, torch.float16) for t in (x, w)]
+        bias = bias.to(torch.float16).to(machine.device)
+        with machine.context():
+            y = pool_linear(*args, bias, stencil, backend=machine.backend)
+        same = pool_linear(*args, bias, stencil, backend="eager")
+        torch.testing.assert_close(y, same, rtol=4e-3, atol=4e-3)
+
+
+def test_backward_under_an_autocast_that_the_forward_did_not_have(machine):
+    stencil = Stencil.adaptive((4, 4), (2, 2))
+    x, w, v = torch.randn(2, 16, 24), torch.randn(40, 24), torch.randn(16, 40)
+    x, w, v = (t.to(machine.device).requires_grad_() for t in (x, w, v))
+    kind = machine.device.partition(":")[0]
+    with machine.context():
+        hidden = pool_linear(x, w, None, stencil, "gelu", backend=machine.backend)
+        y = act_linear(hidden, v, None, backend=machine.backend)
+        with torch.autocast(kind, torch.bfloat16):
+            found = torch.autograd.grad(y.sum(), [x, w, v])
+    p = torch.nn.functional.adaptive_avg_pool2d(x.mT.unflatten(2, (4, 4)), (2, 2)).flatten(2).mT
+    y = torch.nn.functional.gelu(p @ w.T) @ v.T
+    for ours, want in zip(found, torch.autograd.grad(y.sum(), [x, w, v]), strict=True):
+        torch.testing.assert_close(ours, want, rtol=0.1, atol=0.1)
 
 
 def test_tokens_of_another_dtype_than_the_weights(machine):

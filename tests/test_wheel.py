@@ -128,6 +128,7 @@ def test_the_kernels_build_at_first_use(tmp_path):
         module = extension.library(90)
         operators = extension.namespace(module)
         assert module.arch_list == [80, 90], module.arch_list
+        assert (module.ptx_arch, module.sources) == (0, extension.digest())
         assert module.cuda_version // 1000 == int(torch.version.cuda.partition(".")[0])
         assert torch.__version__.startswith(module.torch_version)
         for name in ("pool", "pool_linear", "dgelu"):

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from deco_kernels import FusedAvgPoolProjector, backends
 from deco_kernels.kernels import workspace
 
 CUDA = torch.device("cuda", 0)
@@ -72,11 +73,13 @@ def test_what_is_kept_is_made_outside_this_threads_memory_pool(fake_cuda):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
-def test_replays_and_streams_on_a_gpu():
-    from deco_kernels import FusedAvgPoolProjector
-
-    fused = FusedAvgPoolProjector(2, 144, 256, 512, backend="triton").cuda().bfloat16()
-    x = torch.randn(4, 576, 256, device="cuda").bfloat16()
+@pytest.mark.parametrize("backend", ["triton", "cuda"])
+def test_replays_and_streams_on_a_gpu(backend):
+    problem = backends.unusable(backend, CUDA, torch.float16)
+    if problem:
+        pytest.skip(problem)
+    fused = FusedAvgPoolProjector(2, 144, 256, 512, backend=backend).cuda().half()
+    x = torch.randn(4, 576, 256, device="cuda").half()
     with torch.no_grad():
         want = fused(x)
         graph = torch.cuda.CUDAGraph()

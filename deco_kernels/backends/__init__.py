@@ -44,13 +44,25 @@ def choose(backend: str, device: torch.device, dtype: torch.dtype) -> Choice:
         if problem:
             raise RuntimeError(f"backend {backend!r} cannot run here: {problem}")
         return Choice(backend, "asked for")
+    choice = preferred(device, dtype)
+    if choice.backend == "cuda":
+        try:
+            cuda.prepare(device)
+        except RuntimeError as error:
+            line = str(error).partition("\n")[0]
+            return Choice("eager", f"{choice.reason}, but {line}")
+    return choice
+
+
+def preferred(device: torch.device, dtype: torch.dtype) -> Choice:
+    """What "auto" takes for tensors of a device and dtype, if what it takes can be built."""
     if device.type == "cpu":
         return Choice("eager", "the tokens are on the CPU")
     problems = []
     for name in ("triton", "cuda"):
         problem = unusable(name, device, dtype)
         if not problem:
-            return Choice(name, "; ".join([*problems, f"usable on {device}"]))
+            return Choice(name, "; ".join([*problems, f"{name} is usable on {device}"]))
         problems.append(f"not {name}: {problem}")
     return Choice("eager", "; ".join(problems))
 

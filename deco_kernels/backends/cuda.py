@@ -26,6 +26,15 @@ def unusable(device: torch.device, dtype: torch.dtype) -> str | None:
     return extension.problem(arch)
 
 
+def prepare(device: torch.device) -> None:
+    """Load the library for ``device``, or build it.
+
+    Raises:
+        RuntimeError: it cannot be built.
+    """
+    extension.operators(device)
+
+
 def fuses(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether products run in these kernels; float32 by IEEE rules is cuBLAS's."""
     if dtype.itemsize == 2:
@@ -69,7 +78,7 @@ def dact_linear(
     dy: torch.Tensor, w: torch.Tensor, z: torch.Tensor, want_g: bool, want_db: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
     """``dz`` = (dy w) * gelu'(z), ``g`` = gelu(z) and ``db`` = the sum of dz over its rows."""
-    dz = dy @ w
+    dz = torch.mm(dy, w, out=torch.empty_like(z))  # also where autocast would have another dtype
     g = torch.empty_like(z) if want_g else None
     m, n = z.shape
     if not m:
