@@ -1,4 +1,4 @@
-"""What can I ask of it? ``python -m deco_kernels info``, ``check``, ``compile`` or ``demo``."""
+"""What can I ask of it? ``python -m deco_kernels info``, ``check``, ``compile``, ``predict``..."""
 
 import argparse
 import dataclasses
@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .backends import BACKENDS
+from .tuning import predict
+from .tuning.chips import CHIPS
 
 if TYPE_CHECKING:
     from .aot import Row
@@ -77,6 +79,11 @@ def _table(rows: "Sequence[Row]") -> str:
     return "\n".join(lines)
 
 
+def _predict(options: dict[str, Any]) -> int:
+    print(predict.report(**options))
+    return 0
+
+
 def _demo(options: dict[str, Any]) -> int:
     from .demo import run
 
@@ -115,6 +122,21 @@ def _parser() -> argparse.ArgumentParser:
     help_arch = "compute capabilities; default: 80,90,100,120, and 75,86,89 for the CUDA kernels"
     added.add_argument("--arch", type=_archs, help=help_arch)
     added.add_argument("--json", action="store_true", default=False, help="print rows as JSON")
+    added = command("predict", _predict, "predicted times on chips, and what is assumed for them")
+    help_chips = f"of {', '.join(CHIPS)}; default: all"
+    added.add_argument(
+        "--chip",
+        dest="chips",
+        nargs="+",
+        type=str.upper,
+        choices=CHIPS,
+        metavar="NAME",
+        help=help_chips,
+    )
+    added.add_argument("--batch", type=int, help="images; default: 64")
+    for each in dataclasses.fields(predict.Assumptions):
+        text = f"{each.metadata['help']}; default: {each.default:g}"
+        added.add_argument(f"--{each.name.replace('_', '-')}", type=float, metavar="X", help=text)
     added = command("demo", _demo, "train a tiny multimodal model with either projector, and plot")
     added.add_argument("--out", type=Path, help="the picture to write")
     added.add_argument("--steps", type=int)

@@ -64,7 +64,7 @@ def table_of(*steps, notes=()):
 def test_help_names_every_command():
     run = python("-m", "deco_kernels", "--help")
     assert run.returncode == 0
-    for command in ("info", "check", "compile", "demo"):
+    for command in ("info", "check", "compile", "predict", "demo"):
         assert re.search(rf"^ +{command} +\w", run.stdout, re.M)
 
 
@@ -74,13 +74,21 @@ def test_help_names_every_command():
         ("info", []),
         ("check", ["--device", "--backend"]),
         ("compile", ["--arch", "--json"]),
+        (
+            "predict",
+            [
+                *("--chip", "--batch", "--gemm-efficiency", "--fused-over-cublas"),
+                *("--dram-efficiency", "--l2-bytes-per-clock", "--pool-efficiency"),
+                *("--aten-pool-efficiency", "--pointwise-efficiency", "--launch-us"),
+            ],
+        ),
         ("demo", ["--out", "--steps", "--seed", "--device", "--backend"]),
     ],
 )
 def test_help_of_a_command_names_its_flags(command, flags, capsys):
     with pytest.raises(SystemExit, match="0"):
         main([command, "--help"])
-    found = re.findall(r"^  (--\w+)", capsys.readouterr().out, re.M)
+    found = re.findall(r"^  (--[\w-]+)", capsys.readouterr().out, re.M)
     assert found == flags
 
 
@@ -291,6 +299,8 @@ def test_an_unknown_arch_is_one_line_of_error_that_lists_the_known(capsys):
         (["compile", "--arch", "80,x"], "'80,x' is not a list of compute capabilities"),
         (["compile", "--arch", ""], "'' is not a list of compute capabilities"),
         (["check", "--backend", "metal"], "invalid choice: 'metal'"),
+        (["predict", "--chip", "V100"], "invalid choice: 'V100'"),
+        (["predict", "--launch-us", "few"], "invalid float value: 'few'"),
         (["demo", "--steps", "many"], "invalid int value: 'many'"),
         (["fly"], "invalid choice: 'fly'"),
     ],
@@ -299,6 +309,25 @@ def test_bad_arguments_are_refused(capsys, arguments, message):
     with pytest.raises(SystemExit, match="2"):
         main(arguments)
     assert message in capsys.readouterr().err
+
+
+def test_predict_needs_neither_triton_nor_a_gpu():
+    run = python(
+        "-c",
+        "import sys; sys.modules['triton'] = None; from deco_kernels.__main__ import main; "
+        "sys.exit(main('predict --chip h100 l40s --batch 8 --launch-us 2.5'.split()))",
+    )
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.startswith("Predicted microseconds")
+    assert re.search(r"^launch_us +2\.5 ", run.stdout, re.M)
+    chips = re.findall(r"^(\w+) +shipped +\d", run.stdout, re.M)
+    assert chips == ["H100", "L40S"]
+
+
+def test_an_assumption_that_cannot_be_is_one_line_of_error(capsys):
+    assert main(["predict", "--dram-efficiency", "0"]) == 2
+    line = only_line(capsys.readouterr().err)
+    assert line == "deco_kernels: error: dram_efficiency must be positive, got 0.0"
 
 
 @pytest.mark.parametrize(("good", "code"), [(True, 0), (False, 1)])

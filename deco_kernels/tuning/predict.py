@@ -1,0 +1,295 @@
+"""How long should it take on a chip, and what must hold for that? A roofline, and its tables.
+
+All times are predicted; nothing here was measured on a GPU. Simplifications, beside the numbers in
+:class:`Assumptions`:
+
+- A kernel takes as long as the slowest of its tensor-core work, its DRAM bytes and, for ours, its
+  loads from L2. Those of cuBLAS are part of its efficiency. Arithmetic outside the tensor cores is
+  free, also the fused kernel's pooling and GELU.
+- Tiles are padded, and the last wave of tiles occupies all SMs. cuBLAS has the best of three tiles.
+- What the launch before wrote is read back from L2 if all of it fits there, else from DRAM.
+- The fused kernel pools its leading panels first, as fast as DRAM goes. After that all overlaps.
+- Step: two layers, a frozen tower, gradients of all parameters. Eager is ATen and cuBLAS;
+  compile does GELU's backward and the sum of its output in one pass, and nothing else better.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, fields, replace
+from itertools import pairwise, product
+
+from ..kernels.launch import Config
+from .chips import CHIPS, ChipFigures
+from .model import Shape, cdiv, counts, tasks
+from .table import config_for
+
+GAIN = 1.02  # below this, a gain is called gone
+_CUBLAS_TILES = ((128, 256), (128, 128), (64, 128))
+
+
+def _assumed(default: float, lowest: float, highest: float, text: str) -> float:
+    return field(default=default, metadata={"help": text, "range": (lowest, highest)})
+
+
+@dataclass(frozen=True)
+class Assumptions:
+    """What nobody publishes. The help of each is its definition."""
+
+    gemm_efficiency: float = _assumed(
+        0.70, 0.2, 1.0, "tensor-core rate of matrix products, of the dense peak"
+    )
+    fused_over_cublas: float = _assumed(
+        1.0, 0.4, 1.4, "tensor-core rate of our products over cuBLAS's, where L2 is no limit"
+    )
+    dram_efficiency: float = _assumed(0.85, 0.3, 1.0, "memory bandwidth, of the published")
+    l2_bytes_per_clock: float = _assumed(
+        40.0,
+        5.0,
+        100.0,
+        "bytes an SM loads from L2 in a clock, all SMs loading (A100: 47 at most)",
+    )
+    pool_efficiency: float = _assumed(1.0, 0.3, 1.0, "our pool kernel's bandwidth, of dram's")
+    aten_pool_efficiency: float = _assumed(0.5, 0.1, 1.0, "ATen's pool's bandwidth, of dram's")
+    pointwise_efficiency: float = _assumed(
+        1.0, 0.3, 1.0, "bandwidth of elementwise kernels and sums, of dram's"
+    )
+    launch_us: float = _assumed(1.0, 0.0, 10.0, "us from one kernel's end to the next one's start")
+
+    def __post_init__(self) -> None:
+        for each in fields(self):
+            value, lowest = getattr(self, each.name), each.metadata["range"][0]
+            if not math.isfinite(value) or value < 0 or (value == 0 and lowest > 0):
+                raise ValueError(f"{each.name} must be positive, got {value}")
+
+
+@dataclass(frozen=True)
+class Predictor:
+    """Predicted times, in microseconds, on one chip under given assumptions."""
+
+    chip: ChipFigures
+    given: Assumptions
+
+    def _dram(self, nbytes: float, efficiency: float = 1.0) -> float:
+        return nbytes / (self.chip.dram_tb_s * 1e6 * self.given.dram_efficiency * efficiency)
+
+    def _pointwise(self, nbytes: float) -> float:
+        return self._dram(nbytes, self.given.pointwise_efficiency) + self.given.launch_us
+
+    def _fresh(self, nbytes: int) -> int:
+        """DRAM bytes of reading what the launch before wrote."""
+        return 0 if nbytes <= self.chip.l2_mb * 1e6 else nbytes
+
+    def _math(self, shape: Shape, tile: tuple[int, int]) -> float:
+        """Tensor-core time of the product at full tiles and waves."""
+        waves = cdiv(cdiv(shape.rows, tile[0]) * cdiv(shape.features, tile[1]), self.chip.sms)
+        padded = 2 * waves * self.chip.sms * tile[0] * tile[1] * shape.channels
+        return padded / (self.chip.tflops(shape.dtype) * 1e6 * self.given.gemm_efficiency)
+
+    def _cublas(self, shape: Shape, nbytes: int) -> float:
+        """A product that moves ``nbytes`` from and to DRAM."""
+        cores = min(self._math(shape, tile) for tile in _CUBLAS_TILES)
+        return max(cores, self._dram(nbytes)) + self.given.launch_us
+
+    def _ours(
+        self, shape: Shape, config: Config, l2_bytes: float, dram_bytes: float
+    ) -> dict[str, float]:
+        """What could limit a product in our kernels, each with its time."""
+        per_clock = self.chip.sms * self.given.l2_bytes_per_clock
+        cores = self._math(shape, (config.tiles["BM"], config.tiles["BN"]))
+        return {
+            "tensor cores": cores / self.given.fused_over_cublas,
+            "L2": l2_bytes / (per_clock * self.chip.clock_ghz * 1e3),
+            "DRAM": self._dram(dram_bytes),
+        }
+
+    def fused_forward(self, shape: Shape, config: Config) -> tuple[float, str]:
+        """Pool + linear + GELU in one launch: its time, and what limits it after the start-up."""
+        panels, _, slots, ctas = tasks(shape, config, self.chip.sms)
+        lead = min(panels, cdiv(ctas, slots)) / panels
+        pooling = shape.x_bytes + shape.p_bytes
+        start = self._dram(lead * pooling, self.given.pool_efficiency)
+        counted = counts("pool_linear", shape, config, self.chip.sms)
+        l2 = counted.l2_to_sm_bytes() - lead * counted.l2_to_sm_bytes("x", "index", "weight")
+        dram = (1 - lead) * pooling + shape.w_bytes + 2 * shape.z_bytes
+        limits = self._ours(shape, config, l2, dram)
+        slowest = max(limits, key=limits.__getitem__)
+        return start + limits[slowest] + self.given.launch_us, slowest
+
+    def composed_forward(self, shape: Shape) -> float:
+        """Our pool kernel, then one cuBLASLt product whose epilogue adds the bias, stores Z, G."""
+        pool = self._dram(shape.x_bytes + shape.p_bytes, self.given.pool_efficiency)
+        nbytes = self._fresh(shape.p_bytes) + shape.w_bytes + 2 * shape.z_bytes
+        return pool + self.given.launch_us + self._cublas(shape, nbytes)
+
+    def _common(self, shape: Shape) -> float:
+        """What every step does in cuBLAS and ATen: linear 2, both dW, the last bias's gradient."""
+        second, hidden = replace(shape, channels=shape.features), shape.z_bytes
+        weight = second.w_bytes
+        # dW [N, K] sums over the rows.
+        dw1 = replace(shape, batch=1, tokens_out=shape.features, features=shape.channels)
+        dw1 = replace(dw1, channels=16 * cdiv(shape.rows, 16))
+        dw2 = replace(dw1, features=shape.features)
+        return (
+            self._cublas(second, self._fresh(hidden) + weight + hidden)
+            + self._cublas(dw2, 2 * hidden + weight)
+            + self._cublas(dw1, hidden + shape.p_bytes + shape.w_bytes)
+            + self._pointwise(hidden)
+        )
+
+    def fused_step(self, shape: Shape, config: Config) -> float:
+        """Forward and backward of two layers with our kernels."""
+        second = replace(shape, channels=shape.features)
+        tiles = config_for("dact_linear", shape.dtype)
+        counted = counts("dact_linear", second, tiles, self.chip.sms)
+        sums = counted.stores["sums"].bytes
+        dram = 4 * shape.z_bytes + second.w_bytes + sums
+        dact = max(self._ours(second, tiles, counted.l2_to_sm_bytes(), dram).values())
+        forward, _ = self.fused_forward(shape, config)
+        bias = self._pointwise(self._fresh(sums))
+        return forward + dact + self.given.launch_us + bias + self._common(shape)
+
+    def torch_step(self, shape: Shape, compiled: bool) -> float:
+        """Forward and backward of two layers, eager or compiled."""
+        second, hidden = replace(shape, channels=shape.features), shape.z_bytes
+        sums = self._pointwise(0 if compiled else self._fresh(hidden))
+        return (
+            self._dram(shape.x_bytes + shape.p_bytes, self.given.aten_pool_efficiency)
+            + self.given.launch_us
+            + self._cublas(shape, self._fresh(shape.p_bytes) + shape.w_bytes + hidden)
+            + self._pointwise(self._fresh(hidden) + hidden)  # gelu
+            + self._cublas(second, 2 * hidden + second.w_bytes)
+            + self._pointwise(self._fresh(hidden) + 2 * hidden)  # its backward
+            + sums
+            + self._common(shape)
+        )
+
+    def gain(self, shape: Shape, config: Config) -> float:
+        """Pool + cuBLASLt over the fused forward."""
+        return self.composed_forward(shape) / self.fused_forward(shape, config)[0]
+
+    def rank(self, shape: Shape) -> list[tuple[float, Config]]:
+        """Configurations of the fused forward that fit into shared memory, the fastest first.
+
+        Registers are not modelled: compile before you believe it. Those of :func:`spills` are here
+        too, for what a kernel that does not could gain.
+        """
+        size = shape.dtype.itemsize
+        depth, found = 128 // size, []
+        # With mma.sync, Triton keeps one stage less in shared memory.
+        stages = 3 if self.chip.arch in (90, 100) else 2
+        for (pm, pk), bm, bn in product(((4, 1024), (8, 512), (16, 512)), (64, 128), (128, 256)):
+            tiles = {"PM": pm, "PK": pk // size, "BM": bm, "BN": bn, "BK": depth}
+            config = Config(tiles, num_warps=8, num_stages=3)
+            if (bm + bn) * depth * size * stages <= self.chip.shared_kb * 1024:
+                found.append((self.fused_forward(shape, config)[0], config))
+        return sorted(found, key=lambda pair: pair[0])
+
+
+def spills(config: Config) -> bool:
+    """Whether the sums take more than 64 registers a thread: then compiled kernels have spilled."""
+    return config.tiles["BM"] * config.tiles["BN"] > 64 * 32 * config.num_warps
+
+
+def holding(
+    chip: ChipFigures, given: Assumptions, shape: Shape, config: Config, name: str
+) -> list[tuple[float, float]]:
+    """Where, in its range, one assumption keeps the gain over pool + cuBLASLt at GAIN or more."""
+    lowest, highest = Assumptions.__dataclass_fields__[name].metadata["range"]
+
+    def gains(value: float) -> bool:
+        changed = replace(given, **{name: value})
+        return Predictor(chip, changed).gain(shape, config) >= GAIN
+
+    points = [lowest + (highest - lowest) * i / 40 for i in range(41)]
+    edges = [_bisect(gains, a, b) for a, b in pairwise(points) if gains(a) != gains(b)]
+    edges = [lowest] * gains(lowest) + edges + [highest] * gains(highest)
+    return list(zip(edges[::2], edges[1::2], strict=True))
+
+
+def _bisect(holds: Callable[[float], bool], low: float, high: float) -> float:
+    """Where ``holds`` changes; it differs at ``low`` and ``high``."""
+    at_low = holds(low)
+    for _ in range(20):
+        middle = (low + high) / 2
+        low, high = (middle, high) if holds(middle) == at_low else (low, middle)
+    return (low + high) / 2
+
+
+def _sensitivity(chip: ChipFigures, given: Assumptions, shape: Shape, config: Config) -> str:
+    """At which single changes of an assumption the gain comes or goes."""
+    told = []
+    for each in fields(Assumptions):
+        found = holding(chip, given, shape, config, each.name)
+        if found and found != [each.metadata["range"]]:
+            ranges = " or ".join(f"{low:.3g} to {high:.3g}" for low, high in found)
+            told.append(f"{each.name} {ranges}")
+    gain = Predictor(chip, given).gain(shape, config)
+    otherwise = "any single change" if gain >= GAIN else "no single change"
+    return f"gain {gain:.2f}; {GAIN} or more with {', '.join(told) or otherwise}"
+
+
+def _aligned(rows: Sequence[Sequence[str]]) -> Iterator[str]:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        yield "  ".join(map(str.ljust, row, widths)).rstrip()
+
+
+def report(chips: Sequence[str] = tuple(CHIPS), batch: int = 64, **given: float) -> str:
+    """The tables that ``python -m deco_kernels predict`` prints.
+
+    Args:
+        chips: names, of :data:`~.chips.CHIPS`.
+        batch: images.
+        given: fields of :class:`Assumptions`.
+
+    Raises:
+        KeyError: no such chip.
+        ValueError: no images, or an assumption that is not positive.
+    """
+    if batch < 1:
+        raise ValueError(f"batch must be at least 1, got {batch}")
+    assumed = Assumptions(**given)
+    shape = Shape.adaptive(batch, (24, 24), (12, 12), 1024, 4096)
+    shipped = config_for("pool_linear", shape.dtype)
+    head = "chip,config,fused,limit,pool+Lt,gain,step,eager,gain,compile,gain"
+    times, sensitivity, configs = [head.split(",")], [], []
+    for chip in map(CHIPS.__getitem__, chips):
+        predictor = Predictor(chip, assumed)
+        ranked = [config for _, config in predictor.rank(shape)]
+        best = next(config for config in ranked if not spills(config))
+        rows = [("shipped", shipped), ("best", best)] + [("spills", ranked[0])] * spills(ranked[0])
+        others = [predictor.torch_step(shape, compiled) for compiled in (False, True)]
+        for name, config in rows:
+            configs.append((chip.name, name, str(config)))
+            fused, limit = predictor.fused_forward(shape, config)
+            composed, step = predictor.composed_forward(shape), predictor.fused_step(shape, config)
+            row = [chip.name, name, f"{fused:.1f}", limit]
+            row += [f"{composed:.1f}", f"{composed / fused:.2f}", f"{step:.0f}"]
+            for other in others:
+                row += [f"{other:.0f}", f"{other / step:.2f}"]
+            times.append(row)
+            text = _sensitivity(chip, assumed, shape, config)
+            sensitivity.append((chip.name, name, text))
+    assumptions = [
+        (each.name, f"{getattr(assumed, each.name):g}", each.metadata["help"])
+        for each in fields(Assumptions)
+    ]
+    published = [tuple(each.name for each in fields(ChipFigures))]
+    published += [tuple(f"{v}" for v in vars(CHIPS[name]).values()) for name in chips]
+    return "\n".join(
+        [
+            f"Predicted microseconds, by the roofline of {__name__}: nothing was measured.",
+            f"[{batch}, 576, 1024] -> [{batch}, 144, 4096], bfloat16. fused: pool + linear + GELU;",
+            "pool+Lt: pool, then cuBLASLt; step: forward and backward of two layers, tower frozen.",
+            *("", *_aligned(times)),
+            *(
+                "",
+                "Tiles (best: of those that fit; spills: faster, but not with registers enough)",
+                *_aligned(configs),
+            ),
+            *("", "Assumptions, each a flag", *_aligned(assumptions)),
+            *("", "Published figures, dense", *_aligned(published)),
+            *("", f"Where the gain over pool+Lt stays ({GAIN} or more), one assumption changed"),
+            *_aligned(sensitivity),
+        ]
+    )
