@@ -7,41 +7,26 @@ table's times are of the fused module alone.
 """
 
 import statistics
-import time
-from collections.abc import Callable
 
 import pytest
 import torch
+from timing import alternately, host_seconds
+from work import DEVICE
 
 from deco_kernels import AvgPoolProjector, FusedAvgPoolProjector
-
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def seconds(run: Callable[[], object], repeat: int) -> float:
-    start = time.perf_counter()
-    for _ in range(repeat):
-        run()
-    if DEVICE == "cuda":
-        torch.cuda.synchronize()
-    return (time.perf_counter() - start) / repeat
-
-
-def alternately(ours: Callable, oracle: Callable, rounds: int, repeat: int) -> list[tuple]:
-    """(our seconds, the oracle's seconds), round by round, each first in every second round."""
-    pairs = []
-    for i in range(rounds + 1):
-        if i % 2:
-            a, b = seconds(ours, repeat), seconds(oracle, repeat)
-        else:
-            b, a = seconds(oracle, repeat), seconds(ours, repeat)
-        pairs.append((a, b))
-    return pairs[1:]  # the first round warms up
 
 
 def pair(*sizes: int) -> tuple[FusedAvgPoolProjector, AvgPoolProjector]:
     oracle = AvgPoolProjector(*sizes).to(DEVICE)
     return FusedAvgPoolProjector.from_reference(oracle), oracle
+
+
+def beside(ours, oracle, rounds, repeat):
+    """(our seconds, the oracle's seconds) as the host sees them, round by round."""
+    pairs = alternately(
+        lambda: host_seconds(ours, repeat), lambda: host_seconds(oracle, repeat), rounds + 1
+    )
+    return pairs[1:]  # the first round warms up
 
 
 @pytest.mark.parametrize("query_num", [144, 64])
@@ -56,7 +41,7 @@ def test_training_step(benchmark, query_num, trained_tower):
     def step(module):
         return lambda: torch.autograd.grad(module(x), leaves, dy)
 
-    pairs = alternately(step(fused), step(oracle), rounds=10, repeat=1)
+    pairs = beside(step(fused), step(oracle), rounds=10, repeat=1)
     benchmark.extra_info["ratio_to_oracle"] = statistics.median(a / b for a, b in pairs)
     benchmark.pedantic(step(fused), rounds=5, warmup_rounds=1)
 
@@ -65,7 +50,7 @@ def test_host_overhead(benchmark):
     """Forward of [1, 16, 64] -> [1, 4, 64]: next to no arithmetic, so the time is the host's."""
     fused, oracle = pair(2, 4, 64, 64)
     x = torch.randn(1, 16, 64, device=DEVICE)
-    pairs = alternately(lambda: fused(x), lambda: oracle(x), rounds=40, repeat=200)
+    pairs = beside(lambda: fused(x), lambda: oracle(x), rounds=40, repeat=200)
     benchmark.extra_info["microseconds_over_oracle"] = 1e6 * statistics.median(
         a - b for a, b in pairs
     )

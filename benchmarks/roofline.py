@@ -1,0 +1,58 @@
+"""How much of the device is that? Rates, and the share of what the device can do at most."""
+
+import platform
+
+import torch
+from cases import Mode, Shape
+from work import DEVICE, DTYPE
+
+import deco_kernels
+from deco_kernels.tuning.chips import CHIPS
+
+# The driver's names of the chips whose published figures the package has.
+NAMES = {
+    "NVIDIA A100-SXM4-80GB": "A100",
+    "NVIDIA H100 80GB HBM3": "H100",
+    "NVIDIA H200": "H200",
+    "NVIDIA B200": "B200",
+    "NVIDIA L40S": "L40S",
+    "NVIDIA GeForce RTX 4090": "RTX4090",
+    "NVIDIA GeForce RTX 5090": "RTX5090",
+}
+
+
+def device_name() -> str:
+    if DEVICE.type == "cuda":
+        return torch.cuda.get_device_name(DEVICE)
+    return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+
+
+def versions() -> dict[str, str | None]:
+    try:
+        import triton
+    except ImportError:
+        triton = None
+    return {
+        "deco_kernels": deco_kernels.__version__,
+        "torch": torch.__version__,
+        "triton": triton and triton.__version__,
+        "cuda": torch.version.cuda,
+        "python": platform.python_version(),
+    }
+
+
+def rates(shape: Shape, mode: Mode, seconds: float) -> dict[str, float | str | None]:
+    """What ``seconds`` mean, by the operations and bytes that `Shape` counts.
+
+    The roofline is the longer one of operations / peak rate and bytes / peak bandwidth.
+    """
+    flops, moved = shape.flops(mode), shape.traffic(mode, DTYPE.itemsize)
+    chip = CHIPS.get(NAMES.get(device_name()))
+    peak = chip and f"{chip.tflops(DTYPE):.0f} TFLOP/s, {chip.dram_tb_s} TB/s"
+    at_best = chip and max(flops / chip.tflops(DTYPE), moved / chip.dram_tb_s) / 1e12
+    return {
+        "gigabytes_per_second": moved / seconds / 1e9,
+        "teraflop_per_second": flops / seconds / 1e12,
+        "percent_of_roofline": at_best and 100 * at_best / seconds,
+        "peak": peak or "unknown peak",
+    }
