@@ -7,7 +7,7 @@ namespace deco {
 
 static __host__ __device__ constexpr int cdiv(int a, int b) { return a / b + (a % b != 0); }
 
-// Each has a Storage; load and store of one element; and words: 4 bytes, one or two elements.
+// Each has a Storage, conversions of one element, and of words: 4 bytes, one or two elements.
 
 struct Float {
   using Storage = float;

@@ -134,8 +134,7 @@ static __device__ void transpose(uint32_t (&w)[4]) {
   }
 }
 
-// Stores a warp's 32 columns of one row of its fragments: v[j] are columns 8 j + 2 (lane % 4) +
-// 0, 1.
+// Stores one row of a warp's fragments, 32 columns: v[j] is a lane's pair in the j-th 8 of them.
 template <class E>
 static __device__ void store_row(const Params& p, void* matrix, int row, int column,
                                  const float (&v)[4][2]) {
