@@ -66,12 +66,6 @@ def cublaslt_epilogue(oracle: AvgPoolProjector, shape: Shape) -> Module:
     return forward
 
 
-def composed(oracle: AvgPoolProjector, shape: Shape) -> Module:
-    """Our pool, then the oracle's MLP."""
-    stencil = _stencil(shape)
-    return lambda x: oracle.mlp_projector(pool(x, stencil))
-
-
 def fused(oracle: AvgPoolProjector, shape: Shape, *, backend: str) -> Module:
     """The fused projector."""
     return FusedAvgPoolProjector.from_reference(oracle, backend=backend)
@@ -89,7 +83,7 @@ PROVIDERS: dict[str, Callable[[AvgPoolProjector, Shape], Module]] = {
     "cublaslt-epilogue": cublaslt_epilogue,
     "ours-triton": partial(fused, backend="triton"),
     "ours-cuda": partial(fused, backend="cuda"),
-    "ours-composed": composed,
+    "ours-composed": partial(fused, backend="composed"),
     "ours-eager": partial(fused, backend="eager"),
 }
 
@@ -126,7 +120,7 @@ def too_long(shape: Shape, mode: Mode) -> str | None:
 def cannot(provider: str, shape: Shape, mode: Mode) -> str | None:
     """Why ``provider`` does not run here, or takes too long to compile."""
     on_cpu = DEVICE.type == "cpu"
-    if provider in ("ours-triton", "ours-cuda"):
+    if provider in ("ours-triton", "ours-cuda", "ours-composed"):
         backend = provider.removeprefix("ours-")
         return "it needs a CUDA device" if on_cpu else unusable(backend, DEVICE, DTYPE)
     if provider == "reshape-mean" and not shape.regular:

@@ -7,18 +7,7 @@ from cases import Mode, Shape
 from work import DEVICE, DTYPE
 
 import deco_kernels
-from deco_kernels.tuning.chips import CHIPS
-
-# The driver's names of the chips whose published figures the package has.
-NAMES = {
-    "NVIDIA A100-SXM4-80GB": "A100",
-    "NVIDIA H100 80GB HBM3": "H100",
-    "NVIDIA H200": "H200",
-    "NVIDIA B200": "B200",
-    "NVIDIA L40S": "L40S",
-    "NVIDIA GeForce RTX 4090": "RTX4090",
-    "NVIDIA GeForce RTX 5090": "RTX5090",
-}
+from deco_kernels.tuning.chips import listed_as
 
 
 def device_name() -> str:
@@ -47,7 +36,7 @@ def rates(shape: Shape, mode: Mode, seconds: float) -> dict[str, float | str | N
     The roofline is the longer one of operations / peak rate and bytes / peak bandwidth.
     """
     flops, moved = shape.flops(mode), shape.traffic(mode, DTYPE.itemsize)
-    chip = CHIPS.get(NAMES.get(device_name()))
+    chip = listed_as(device_name())
     peak = chip and f"{chip.tflops(DTYPE):.0f} TFLOP/s, {chip.dram_tb_s} TB/s"
     at_best = chip and max(flops / chip.tflops(DTYPE), moved / chip.dram_tb_s) / 1e12
     return {

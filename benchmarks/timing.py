@@ -2,25 +2,11 @@
 
 import time
 from collections.abc import Callable
-from functools import lru_cache
 
 import torch
 from work import DEVICE, Job
 
-# Cycles that a GPU idles, about two milliseconds, so that the host is ahead of it.
-HEAD_START = 4_000_000
-
-
-@lru_cache(maxsize=1)
-def _larger_than_l2() -> torch.Tensor:
-    size = 2 * torch.cuda.get_device_properties(DEVICE).L2_cache_size
-    return torch.empty(size, dtype=torch.int8, device=DEVICE)
-
-
-def flush_l2() -> None:
-    """Overwrite the GPU's L2 cache, so that a call finds nothing of the one before."""
-    if DEVICE.type == "cuda":
-        _larger_than_l2().zero_()
+from deco_kernels import measure
 
 
 def synchronize() -> None:
@@ -29,23 +15,9 @@ def synchronize() -> None:
 
 
 def seconds(job: Job) -> float:
-    """Seconds of one call: the host's clock on a CPU, the device's own time on a GPU.
-
-    The device starts late, when the host has queued all its work: host overhead does not count.
-    """
+    """Seconds of one call, on a GPU with nothing in its L2 cache; see `measure.seconds`."""
     arguments = job.prepare()
-    if DEVICE.type == "cpu":
-        start = time.perf_counter()
-        job.run(*arguments)
-        return time.perf_counter() - start
-    flush_l2()
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda._sleep(HEAD_START)
-    begin.record()
-    job.run(*arguments)
-    end.record()
-    end.synchronize()
-    return begin.elapsed_time(end) / 1e3
+    return measure.seconds(lambda: job.run(*arguments), DEVICE)
 
 
 def host_seconds(run: Callable[[], object], repeat: int) -> float:
@@ -88,7 +60,7 @@ def pedantic(benchmark, job: Job, rounds: int) -> None:
 
     def prepare() -> tuple[tuple, dict]:
         arguments = job.prepare()
-        flush_l2()
+        measure.flush_l2(DEVICE)
         synchronize()
         return arguments, {}
 

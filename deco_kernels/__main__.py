@@ -84,6 +84,13 @@ def _predict(options: dict[str, Any]) -> int:
     return 0
 
 
+def _tune(options: dict[str, Any]) -> int:
+    from .tune import run
+
+    run(**options)
+    return 0
+
+
 def _demo(options: dict[str, Any]) -> int:
     from .demo import run
 
@@ -137,6 +144,22 @@ def _parser() -> argparse.ArgumentParser:
     for each in dataclasses.fields(predict.Assumptions):
         text = f"{each.metadata['help']}; default: {each.default:g}"
         added.add_argument(f"--{each.name.replace('_', '-')}", type=float, metavar="X", help=text)
+    added = command("tune", _tune, "measure every backend on this GPU, for backend auto to use")
+    text = "patch tokens of an image; default: 24 24"
+    added.add_argument("--grid", type=int, nargs=2, metavar=("H", "W"), help=text)
+    for name, default in (
+        ("query_num", 144),
+        ("mm_hidden_size", 1024),
+        ("llm_hidden_size", 4096),
+        ("layer_num", 2),
+    ):
+        text = f"of the projector; default: {default}"
+        added.add_argument(f"--{name.replace('_', '-')}", type=int, metavar="N", help=text)
+    text = "images in a step; default: 1 8 64"
+    added.add_argument("--batch", type=int, nargs="+", metavar="B", help=text)
+    added.add_argument("--dtype", choices=("bfloat16", "float16", "tf32"))
+    added.add_argument("--device", help="default: cuda:0")
+    added.add_argument("--dry-run", action="store_true", help="print what would be measured")
     added = command("demo", _demo, "train a tiny multimodal model with either projector, and plot")
     added.add_argument("--out", type=Path, help="the picture to write")
     added.add_argument("--steps", type=int)
@@ -151,7 +174,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     run = options.pop("run")
     try:
         return run(options)
-    except (ImportError, RuntimeError, TypeError, ValueError) as error:
+    except (ImportError, OSError, RuntimeError, TypeError, ValueError) as error:
         line = next(iter(str(error).splitlines()), type(error).__name__)
         print(f"deco_kernels: error: {line}", file=sys.stderr)
         return 2

@@ -113,7 +113,7 @@ def pool(x: torch.Tensor, stencil: Stencil, *, backend: str = "auto") -> torch.T
     Args:
         x: tokens [B, n_in, K], floating point, any strides.
         stencil: the pooling, for n_in tokens.
-        backend: "auto", "triton", "cuda" or "eager".
+        backend: "auto", "triton", "cuda", "composed" or "eager".
 
     Returns:
         Pooled tokens [B, n_out, K] of x's dtype.
@@ -149,7 +149,7 @@ def pool_linear(
         stencil: the pooling, for n_in tokens.
         activation: None, or "gelu" (the exact, erf form) if an activation and another linear
             layer follow.
-        backend: "auto", "triton", "cuda" or "eager".
+        backend: "auto", "triton", "cuda", "composed" or "eager".
 
     Returns:
         Z [B, n_out, N]; with an activation a :class:`Hidden` for :func:`act_linear`.
@@ -190,7 +190,7 @@ def act_linear(
         weight: [N, K] of the hidden layer's dtype, K its channels.
         bias: [N] or None.
         activation: as in :func:`pool_linear`.
-        backend: "auto", "triton", "cuda" or "eager".
+        backend: "auto", "triton", "cuda", "composed" or "eager".
 
     Returns:
         Y [B, M, N]; with an activation a :class:`Hidden` for the next call.

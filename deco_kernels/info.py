@@ -7,6 +7,7 @@ import torch
 
 from . import __version__, extension
 from .backends import BACKENDS, preferred, unusable
+from .tuning import cache
 
 DTYPES = torch.bfloat16, torch.float16, torch.float32, torch.float64
 
@@ -46,10 +47,24 @@ def _backend(backend: str, device: torch.device) -> str:
     return "; ".join(parts)
 
 
+def _tuned(device: torch.device) -> str:
+    if device.type != "cuda":
+        return "needs a CUDA device"
+    calls = len(cache.load(device.index))
+    measured = f"{calls} calls in {cache.path(device.index)}" if calls else "nothing yet"
+    return f"{measured}: python -m deco_kernels tune"
+
+
+def _auto(device: torch.device) -> str:
+    backend, reason = preferred(device, torch.bfloat16)
+    if backend == "eager":
+        return f"eager on {device}: {reason}"
+    return f"{backend}, composed or eager on {device}, the fastest for a call's sizes: {reason}"
+
+
 def report() -> str:
     """Aligned lines of text."""
     device = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
-    auto = preferred(device, torch.bfloat16)
     lines = [
         ("deco_kernels", __version__),
         ("python", f"{platform.python_version()} on {sys.platform}"),
@@ -60,7 +75,8 @@ def report() -> str:
         *_devices(),
         ("float32 products", torch.backends.cuda.matmul.fp32_precision),
         *((f"backend {b}", _backend(b, device)) for b in BACKENDS if b != "auto"),
-        ("backend auto", f"{auto.backend} on {device}: {auto.reason}"),
+        ("backend auto", _auto(device)),
+        ("measured for auto", _tuned(device)),
     ]
     width = max(len(name) for name, _ in lines)
     return "\n".join(f"{name:{width}}  {text}" for name, text in lines)

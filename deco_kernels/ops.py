@@ -4,6 +4,7 @@ import torch
 
 from . import backends
 from .stencil import Table
+from .tuning.call import Call
 
 _library = torch.library.Library("deco_kernels", "DEF")
 _library.define(
@@ -70,8 +71,13 @@ def _refuse_grad(*tensors: torch.Tensor | None) -> None:
         raise RuntimeError("operators do not differentiate: call pool, pool_linear or act_linear")
 
 
+# The one place where sizes are known also under torch.compile: so "auto" is resolved in here.
+
+
 def _pool(x, index, weight, ragged, geometry, dtype, backend) -> torch.Tensor:
     _refuse_grad(x)
+    if backend == "auto":
+        backend = backends.preferred(x.device, x.dtype).backend
     return backends.get(backend).pool(x, Table(index, weight, ragged, geometry), dtype)
 
 
@@ -79,12 +85,17 @@ def _pool_linear(x, index, weight, ragged, geometry, w, bias, activation, keep_z
     _refuse_grad(x, w, bias)
     table = Table(index, weight, ragged, geometry)
     bias = None if bias is None else bias.contiguous()  # the kernels read no strides of it
+    if backend == "auto":
+        call = Call.pool_linear(x.shape, index.shape, w.shape, w.dtype, activation is not None)
+        backend = backends.fastest(x.device, call).backend
     out = backends.get(backend).pool_linear(x, table, w, bias, activation, keep_z)
     return _filled(w, *out)
 
 
 def _dact_linear(dy, w, z, want_g, want_db, backend) -> Three:
     _refuse_grad(dy, w, z)
+    if backend == "auto":
+        backend = backends.fastest(z.device, Call.dact_linear(len(z), w.shape, z.dtype)).backend
     return _filled(z, *backends.get(backend).dact_linear(dy, w, z, want_g, want_db))
 
 

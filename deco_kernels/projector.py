@@ -7,10 +7,11 @@ from torch import nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from . import functional
-from .backends import check_backend, choose
+from .backends import check_backend, choose, fastest
 from .checks import check_count, check_grid, check_tokens, square_side
 from .reference import AvgPoolProjector
 from .stencil import Stencil
+from .tuning.call import Call
 
 
 class Plan(NamedTuple):
@@ -40,8 +41,10 @@ class FusedAvgPoolProjector(AvgPoolProjector):
 
     Args:
         layer_num, query_num, mm_hidden_size, llm_hidden_size: as :class:`AvgPoolProjector`.
-        backend: "auto" (Triton where it can run, else torch's operators), "triton", "cuda" or
-            "eager".
+        backend: "triton" or "cuda" (one launch for pool and first linear layer), "composed" (our
+            pool, cuBLAS, one elementwise kernel), "eager" (torch's operators) or "auto": on an
+            NVIDIA GPU the fastest, as ``python -m deco_kernels tune`` measured it there, else as
+            the cost model predicts; elsewhere "eager".
 
     Raises:
         TypeError: a size is not an int.
@@ -119,7 +122,7 @@ class FusedAvgPoolProjector(AvgPoolProjector):
             RuntimeError: x is on another device, or the backend cannot run here.
         """
         grid = self._check(x, grid)
-        backend, path, _ = self.explain(x)
+        backend, path, _ = self._plan(x)
         if path == "modules":
             pooled = self.sampler(x.transpose(1, 2).unflatten(2, grid))
             return self.mlp_projector(pooled.flatten(2).transpose(1, 2))
@@ -137,8 +140,28 @@ class FusedAvgPoolProjector(AvgPoolProjector):
             y = functional.act_linear(y, p["weight"], p["bias"], activation, backend=backend)
         return y
 
-    def explain(self, x: torch.Tensor | None = None) -> Plan:
-        """Which backend and path a call takes, and why: for ``x``, or tokens like the weights."""
+    def explain(self, x: torch.Tensor | None = None, grid: tuple[int, int] | None = None) -> Plan:
+        """Which backend and path a call takes, and why: for ``x``, or tokens like the weights.
+
+        Where "auto" depends on sizes, it needs ``x``: the backend is that of pool and first linear
+        layer, and the reason has those of the other layers' backwards too.
+        """
+        plan = self._plan(x)
+        if plan.backend != "auto" or plan.path != "fused" or x is None:
+            return plan
+        stencil = Stencil.adaptive_checked(self._check(x, grid), (self._side, self._side))
+        table = stencil.tables(x.device, torch.float32)[0].index.shape
+        dtype = functional.autocast_dtype(x) or x.dtype
+        shapes = [linear.weight.shape for linear in self.mlp_projector[::2]]
+        call = Call.pool_linear(x.shape, table, shapes[0], dtype, len(shapes) > 1)
+        calls = [call, *(Call.dact_linear(call.rows, shape, dtype) for shape in shapes[1:])]
+        choices = {call: fastest(x.device, call) for call in calls}
+        told = "; ".join(
+            f"{c}: {choice.backend} ({choice.reason})" for c, choice in choices.items()
+        )
+        return Plan(choices[call].backend, plan.path, told)
+
+    def _plan(self, x: torch.Tensor | None) -> Plan:
         like = x if x is not None else next(self.parameters())
         dtype = functional.autocast_dtype(like) or like.dtype
         backend, reason = choose(self.backend, like.device, dtype)

@@ -51,9 +51,11 @@ def test_bad_input(tmp_path, monkeypatch):
         demo.run(tmp_path / "nowhere" / "demo.png")
     real = importlib.util.find_spec
     monkeypatch.setattr(
-        train.importlib.util, "find_spec", lambda name: None if name == "tqdm" else real(name)
+        train.importlib.util, "find_spec", lambda name: None if name == "sklearn" else real(name)
     )
-    with pytest.raises(RuntimeError, match=r'needs tqdm: pip install "deco_kernels\[demo\]"'):
+    with pytest.raises(
+        RuntimeError, match=r'needs scikit-learn: pip install "deco_kernels\[demo\]"'
+    ):
         demo.run(tmp_path / "demo.png")
 
 

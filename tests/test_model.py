@@ -128,7 +128,7 @@ def h100(**given):
 
 def test_separate_kernels_on_an_h100_take_the_sum_of_product_and_pool():
     """112 us of tensor cores at 70 %, 33 us of DRAM at 85 %; padded waves add little."""
-    assert 143 < h100(launch_us=0).composed_forward(LLAVA) < 147
+    assert 143 < h100(launch_us=0).peer_forward(LLAVA) < 147
 
 
 def test_fused_on_an_h100_takes_the_longer_and_a_start_up_if_l2_and_few_leading_panels_let_it():
@@ -159,7 +159,7 @@ def test_what_the_shipped_tile_loads_from_l2_on_an_h100_takes_longer_than_its_pr
 def all_times(predictor):
     return [
         predictor.fused_forward(LLAVA, SHIPPED)[0],
-        predictor.composed_forward(LLAVA),
+        predictor.peer_forward(LLAVA),
         predictor.fused_step(LLAVA, SHIPPED),
         predictor.torch_step(LLAVA, compiled=False),
         predictor.torch_step(LLAVA, compiled=True),

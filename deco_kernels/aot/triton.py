@@ -76,6 +76,11 @@ def _dact_linear(dtype: torch.dtype, want_g: bool, want_db: bool) -> None:
     )
 
 
+def _dgelu(dtype: torch.dtype, want_g: bool, want_db: bool) -> None:
+    z = _meta(BATCH * 144, FEATURES, dtype=dtype)
+    verbs.composed_dact_linear(z, _meta(FEATURES, FEATURES, dtype=dtype), z, want_g, want_db)
+
+
 def cases() -> dict[str, Callable[[], None]]:
     """What ships, by name: calls of the verbs in every form that compiles to other code.
 
@@ -101,6 +106,8 @@ def cases() -> dict[str, Callable[[], None]]:
             f"{product} gelu 576->1": partial(linear, GLOBAL, "gelu", True),
             f"{product} dz, g and db": partial(_dact_linear, dtype, True, True),
             f"{product} dz": partial(_dact_linear, dtype, False, False),
+            f"{name} gelu's dz, g and db": partial(_dgelu, dtype, True, True),
+            f"{name} gelu's dz": partial(_dgelu, dtype, False, False),
         }
         if dtype != fp32:  # tokens stay float32, the weights and their gradients do not
             linear = partial(_pool_linear, fp32, dtype)

@@ -1,14 +1,22 @@
 """Who computes it? Chooses a backend and says why."""
 
+from functools import lru_cache
 from types import ModuleType
 from typing import NamedTuple
 
 import torch
 
-from . import cuda, eager, triton
+from ..tuning.call import Call
+from ..tuning.decide import ranking
+from . import composed, cuda, eager, triton
 
-BACKENDS = ("auto", "triton", "cuda", "eager")
-_MODULES: dict[str, ModuleType] = {"triton": triton, "cuda": cuda, "eager": eager}
+BACKENDS = ("auto", "triton", "cuda", "composed", "eager")
+_MODULES: dict[str, ModuleType] = {
+    "triton": triton,
+    "cuda": cuda,
+    "composed": composed,
+    "eager": eager,
+}
 
 
 class Choice(NamedTuple):
@@ -32,6 +40,9 @@ def unusable(backend: str, device: torch.device, dtype: torch.dtype) -> str | No
 def choose(backend: str, device: torch.device, dtype: torch.dtype) -> Choice:
     """Resolve ``backend`` for tensors of a device and dtype.
 
+    "auto" is "eager" where none of our kernels can run, and else stays "auto": who is fastest
+    depends on sizes, and :func:`fastest` says it when they are known.
+
     Raises:
         ValueError: no such backend.
         RuntimeError: the backend that was asked for cannot run here; says what is missing.
@@ -44,18 +55,16 @@ def choose(backend: str, device: torch.device, dtype: torch.dtype) -> Choice:
         if problem:
             raise RuntimeError(f"backend {backend!r} cannot run here: {problem}")
         return Choice(backend, "asked for")
-    choice = preferred(device, dtype)
-    if choice.backend == "cuda":
-        try:
-            cuda.prepare(device)
-        except RuntimeError as error:
-            line = str(error).partition("\n")[0]
-            return Choice("eager", f"{choice.reason}, but {line}")
-    return choice
+    kernels, reason = preferred(device, dtype)
+    if kernels == "cuda":
+        problem = _not_built(device)
+        if problem:
+            return Choice("eager", f"{reason}, but {problem}")
+    return Choice("eager" if kernels == "eager" else "auto", reason)
 
 
 def preferred(device: torch.device, dtype: torch.dtype) -> Choice:
-    """What "auto" takes for tensors of a device and dtype, if what it takes can be built."""
+    """Whose kernels "auto" takes for tensors of a device and dtype, if they can be built."""
     if device.type == "cpu":
         return Choice("eager", "the tokens are on the CPU")
     problems = []
@@ -65,6 +74,43 @@ def preferred(device: torch.device, dtype: torch.dtype) -> Choice:
             return Choice(name, "; ".join([*problems, f"{name} is usable on {device}"]))
         problems.append(f"not {name}: {problem}")
     return Choice("eager", "; ".join(problems))
+
+
+def fastest(device: torch.device, call: Call) -> Choice:
+    """What "auto" takes for a call on a CUDA device: as measured there by ``tune``, or predicted.
+
+    Measures nothing. The file of measurements is read once.
+    """
+    kernels = preferred(device, call.dtype).backend
+    if kernels == "eager" or not get(kernels).fuses(device, call.dtype):
+        # All that is ours in float32 by IEEE rules is the pooling and the elementwise kernels.
+        return Choice(kernels, f"only {kernels} has kernels for it")
+    return _fastest(device, kernels, call)
+
+
+@lru_cache(maxsize=4096)
+def _fastest(device: torch.device, kernels: str, call: Call) -> Choice:
+    times, source = ranking(device.index, kernels, call)
+    for backend in times:
+        if _runs(backend, device, kernels, call.dtype):
+            told = ", ".join(f"{name} {us:.3g}" for name, us in times.items())
+            return Choice(backend, f"{source} microseconds: {told}")
+    return Choice("composed", "nothing was measured, and nothing is known of this GPU")
+
+
+def _runs(backend: str, device: torch.device, kernels: str, dtype: torch.dtype) -> bool:
+    if backend == "cuda" and kernels != "cuda":
+        return not (cuda.unusable(device, dtype) or _not_built(device))
+    return backend in (kernels, "composed", "eager")
+
+
+def _not_built(device: torch.device) -> str | None:
+    """Why the CUDA library is not there and cannot be built for ``device``; None if it is there."""
+    try:
+        cuda.prepare(device)
+    except RuntimeError as error:
+        return str(error).partition("\n")[0]
+    return None
 
 
 def check_backend(backend: str) -> str:

@@ -2,7 +2,7 @@
 
 import torch
 
-from ..kernels.launch import chip_of, standing_in
+from ..kernels.launch import Config, chip_of, standing_in
 from ..stencil import Table
 from ..tuning import config_for
 from . import eager
@@ -11,6 +11,7 @@ try:
     import triton
 
     from ..kernels import dact_linear as dact_linear_kernel
+    from ..kernels import dgelu as dgelu_kernel
     from ..kernels import pool as pool_kernel
     from ..kernels import pool_linear as pool_linear_kernel
 except ImportError as error:
@@ -37,7 +38,7 @@ def unusable(device: torch.device, dtype: torch.dtype) -> str | None:
     return f"it needs a CUDA device, the tokens are on {device.type}"
 
 
-def fuses(dtype: torch.dtype) -> bool:
+def fuses(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether matrix products run in these kernels; float32 by IEEE rules is cuBLAS's."""
     return dtype.itemsize == 2 or torch.backends.cuda.matmul.fp32_precision == "tf32"
 
@@ -59,7 +60,7 @@ def pool_linear(
     keep_z: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
     """``p`` = S x, ``z`` = p wᵀ + bias and ``g`` = gelu(z), in one launch."""
-    if not fuses(w.dtype):
+    if not fuses(w.device, w.dtype):
         return eager.linear(pool(x, table, w.dtype), w, bias, activation, keep_z)
     shape = x.shape[0], table.index.shape[0]
     p = w.new_empty(*shape, w.shape[1])
@@ -75,17 +76,39 @@ def dact_linear(
     dy: torch.Tensor, w: torch.Tensor, z: torch.Tensor, want_g: bool, want_db: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
     """``dz`` = (dy w) * gelu'(z), ``g`` = gelu(z) and ``db`` = the sum of dz over its rows."""
-    if not fuses(z.dtype):
-        return eager.dact_linear(dy, w, z, want_g, want_db)
-    config = config_for("dact_linear", z.dtype)
-    m, n = z.shape
-    dz = z.new_empty(m, n)
-    g = z.new_empty(m, n) if want_g else None
-    panels = triton.cdiv(m, config.tiles["BM"])
-    sums = z.new_empty(panels, n, dtype=torch.float32) if want_db else None
-    db = z.new_empty(n) if want_db else None
-    if m:
+    if not fuses(z.device, z.dtype):
+        return composed_dact_linear(dy, w, z, want_g, want_db)
+    config, dz = config_for("dact_linear", z.dtype), torch.empty_like(z)
+    g, sums = _extras(z, want_g, want_db, config)
+    if len(z):
         dact_linear_kernel.dact_linear(dy, w, z, dz, g, sums, "tf32", config)
-    if want_db:
-        dact_linear_kernel.bias_grad(sums, db, config_for("bias_grad", z.dtype))
-    return dz, g, db
+    return dz, g, _bias_grad(sums, z.dtype)
+
+
+def composed_dact_linear(
+    dy: torch.Tensor, w: torch.Tensor, z: torch.Tensor, want_g: bool, want_db: bool
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    """:func:`dact_linear` with cuBLAS's product, then one elementwise kernel."""
+    config = config_for("dgelu", z.dtype)
+    dz = torch.mm(dy, w, out=torch.empty_like(z))  # also where autocast would have another dtype
+    g, sums = _extras(z, want_g, want_db, config)
+    if len(z):
+        dgelu_kernel.dgelu(dz, z, g, sums, config)
+    return dz, g, _bias_grad(sums, z.dtype)
+
+
+def _extras(
+    z: torch.Tensor, want_g: bool, want_db: bool, config: Config
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Room for G [M, N], and for the sums of dZ over panels of rows, as wanted."""
+    panels = triton.cdiv(len(z), config.tiles["BM"])
+    sums = z.new_empty(panels, z.shape[1], dtype=torch.float32) if want_db else None
+    return torch.empty_like(z) if want_g else None, sums
+
+
+def _bias_grad(sums: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
+    if sums is None:
+        return None
+    db = sums.new_empty(sums.shape[1], dtype=dtype)
+    dact_linear_kernel.bias_grad(sums, db, config_for("bias_grad", dtype))
+    return db

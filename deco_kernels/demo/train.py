@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from tqdm import tqdm
 
 from ..measure import saved_bytes
 from ..projector import FusedAvgPoolProjector
@@ -22,7 +23,7 @@ CANVASES = 16  # in a training batch
 HELD_OUT_CANVASES = 256
 LEARNING_RATE = 2e-3
 MAX_GRAD_NORM = 1.0
-PACKAGES = {"sklearn": "scikit-learn", "matplotlib": "matplotlib", "tqdm": "tqdm"}
+PACKAGES = {"sklearn": "scikit-learn", "matplotlib": "matplotlib"}
 
 
 def run(
@@ -52,7 +53,6 @@ def run(
     for module, package in PACKAGES.items():
         if importlib.util.find_spec(module) is None:
             raise RuntimeError(f'the demo needs {package}: pip install "deco_kernels[demo]"')
-    from tqdm import tqdm
 
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     reference_model, fused_model = _build(seed, where), _build(seed, where)

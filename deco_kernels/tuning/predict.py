@@ -102,20 +102,30 @@ class Predictor:
             "DRAM": self._dram(dram_bytes),
         }
 
-    def fused_forward(self, shape: Shape, config: Config) -> tuple[float, str]:
-        """Pool + linear + GELU in one launch: its time, and what limits it after the start-up."""
+    def fused_forward(
+        self, shape: Shape, config: Config, activation: bool = True
+    ) -> tuple[float, str]:
+        """Pool + linear (+ GELU) in one launch: its time, and what limits it after the start-up."""
         panels, _, slots, ctas = tasks(shape, config, self.chip.sms)
         lead = min(panels, cdiv(ctas, slots)) / panels
         pooling = shape.x_bytes + shape.p_bytes
         start = self._dram(lead * pooling, self.given.pool_efficiency)
         counted = counts("pool_linear", shape, config, self.chip.sms)
         l2 = counted.l2_to_sm_bytes() - lead * counted.l2_to_sm_bytes("x", "index", "weight")
-        dram = (1 - lead) * pooling + shape.w_bytes + 2 * shape.z_bytes
+        dram = (1 - lead) * pooling + shape.w_bytes + (1 + activation) * shape.z_bytes
         limits = self._ours(shape, config, l2, dram)
         slowest = max(limits, key=limits.__getitem__)
         return start + limits[slowest] + self.given.launch_us, slowest
 
-    def composed_forward(self, shape: Shape) -> float:
+    def composed_forward(self, shape: Shape, activation: bool, aten: bool) -> float:
+        """Our pool kernel or ATen's, cuBLAS's product, then ATen's GELU."""
+        pool = self.given.aten_pool_efficiency if aten else self.given.pool_efficiency
+        nbytes = self._fresh(shape.p_bytes) + shape.w_bytes + shape.z_bytes
+        gelu = self._pointwise(self._fresh(shape.z_bytes) + shape.z_bytes) if activation else 0.0
+        pooling = self._dram(shape.x_bytes + shape.p_bytes, pool) + self.given.launch_us
+        return pooling + self._cublas(shape, nbytes) + gelu
+
+    def peer_forward(self, shape: Shape) -> float:
         """Our pool kernel, then one cuBLASLt product whose epilogue adds the bias, stores Z, G."""
         pool = self._dram(shape.x_bytes + shape.p_bytes, self.given.pool_efficiency)
         nbytes = self._fresh(shape.p_bytes) + shape.w_bytes + 2 * shape.z_bytes
@@ -136,17 +146,30 @@ class Predictor:
             + self._pointwise(hidden)
         )
 
+    def dact(self, shape: Shape, config: Config) -> float:
+        """The second layer's and GELU's backward in one launch, and the bias's gradient."""
+        counted = counts("dact_linear", shape, config, self.chip.sms)
+        sums = counted.stores["sums"].bytes
+        dram = shape.p_bytes + 3 * shape.z_bytes + shape.w_bytes + sums
+        slowest = max(self._ours(shape, config, counted.l2_to_sm_bytes(), dram).values())
+        return slowest + self.given.launch_us + self._pointwise(self._fresh(sums))
+
+    def composed_dact(self, shape: Shape, aten: bool) -> float:
+        """The same by cuBLAS, then one elementwise kernel of ours or three passes of ATen's."""
+        hidden = shape.z_bytes
+        product = self._cublas(shape, shape.p_bytes + shape.w_bytes + hidden)
+        if aten:  # dZ, G, and the sum of dZ
+            read = self._pointwise(self._fresh(hidden) + 2 * hidden), self._pointwise(2 * hidden)
+            return product + sum(read) + self._pointwise(self._fresh(hidden))
+        sums = cdiv(shape.rows, config_for("dgelu", shape.dtype).tiles["BM"]) * shape.features * 4
+        elementwise = self._pointwise(self._fresh(hidden) + 3 * hidden + sums)
+        return product + elementwise + self._pointwise(self._fresh(sums))
+
     def fused_step(self, shape: Shape, config: Config) -> float:
         """Forward and backward of two layers with our kernels."""
         second = replace(shape, channels=shape.features)
-        tiles = config_for("dact_linear", shape.dtype)
-        counted = counts("dact_linear", second, tiles, self.chip.sms)
-        sums = counted.stores["sums"].bytes
-        dram = 4 * shape.z_bytes + second.w_bytes + sums
-        dact = max(self._ours(second, tiles, counted.l2_to_sm_bytes(), dram).values())
-        forward, _ = self.fused_forward(shape, config)
-        bias = self._pointwise(self._fresh(sums))
-        return forward + dact + self.given.launch_us + bias + self._common(shape)
+        dact = self.dact(second, config_for("dact_linear", shape.dtype))
+        return self.fused_forward(shape, config)[0] + dact + self._common(shape)
 
     def torch_step(self, shape: Shape, compiled: bool) -> float:
         """Forward and backward of two layers, eager or compiled."""
@@ -165,7 +188,7 @@ class Predictor:
 
     def gain(self, shape: Shape, config: Config) -> float:
         """Pool + cuBLASLt over the fused forward."""
-        return self.composed_forward(shape) / self.fused_forward(shape, config)[0]
+        return self.peer_forward(shape) / self.fused_forward(shape, config)[0]
 
     def rank(self, shape: Shape) -> list[tuple[float, Config]]:
         """Configurations of the fused forward that fit into shared memory, the fastest first.
@@ -262,7 +285,7 @@ def report(chips: Sequence[str] = tuple(CHIPS), batch: int = 64, **given: float)
         for name, config in rows:
             configs.append((chip.name, name, str(config)))
             fused, limit = predictor.fused_forward(shape, config)
-            composed, step = predictor.composed_forward(shape), predictor.fused_step(shape, config)
+            composed, step = predictor.peer_forward(shape), predictor.fused_step(shape, config)
             row = [chip.name, name, f"{fused:.1f}", limit]
             row += [f"{composed:.1f}", f"{composed / fused:.2f}", f"{step:.0f}"]
             for other in others:

@@ -13,6 +13,7 @@ from ..kernels.launch import Config
 _BIAS_GRAD = Config({"RN": 128}, num_warps=4, num_stages=1)
 _16_BIT = {
     "bias_grad": _BIAS_GRAD,
+    "dgelu": Config({"BM": 64, "BN": 128}, num_warps=8, num_stages=1),
     "pool": Config({"PM": 8, "PK": 512}, num_warps=4, num_stages=1),
     "pool_linear": Config(
         {"PM": 16, "PK": 256, "BM": 128, "BN": 128, "BK": 64}, num_warps=8, num_stages=3
@@ -21,6 +22,7 @@ _16_BIT = {
 }
 _32_BIT = {
     "bias_grad": _BIAS_GRAD,
+    "dgelu": Config({"BM": 32, "BN": 128}, num_warps=8, num_stages=1),
     "pool": Config({"PM": 4, "PK": 256}, num_warps=4, num_stages=1),
     "pool_linear": Config(
         {"PM": 16, "PK": 128, "BM": 128, "BN": 128, "BK": 32}, num_warps=8, num_stages=3
