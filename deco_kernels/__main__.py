@@ -84,6 +84,18 @@ def _predict(options: dict[str, Any]) -> int:
     return 0
 
 
+def _choose(options: dict[str, Any]) -> int:
+    from .aot import search
+
+    found = []
+    for verdict in search.verdicts():
+        print(verdict, flush=True)
+        found.append(verdict)
+    if "out" in options:
+        options["out"].write_text(search.as_json(found), encoding="utf-8")
+    return 0
+
+
 def _demo(options: dict[str, Any]) -> int:
     from .demo import run
 
@@ -119,7 +131,7 @@ def _parser() -> argparse.ArgumentParser:
     command("info", _info, "versions, devices, and which backends are usable and why not")
     where(command("check", _check, "forward and every gradient against float64"))
     added = command("compile", _compile, "compile every kernel ahead of time; needs no GPU")
-    help_arch = "compute capabilities; default: 80,90,100,120, and 75,86,89 for the CUDA kernels"
+    help_arch = "compute capabilities; default: 80,89,90,100,120, and 75,86 for the CUDA kernels"
     added.add_argument("--arch", type=_archs, help=help_arch)
     added.add_argument("--json", action="store_true", default=False, help="print rows as JSON")
     added = command("predict", _predict, "predicted times on chips, and what is assumed for them")
@@ -137,6 +149,8 @@ def _parser() -> argparse.ArgumentParser:
     for each in dataclasses.fields(predict.Assumptions):
         text = f"{each.metadata['help']}; default: {each.default:g}"
         added.add_argument(f"--{each.name.replace('_', '-')}", type=float, metavar="X", help=text)
+    added = command("table", _choose, "choose tiles by the model and the compile facts; no GPU")
+    added.add_argument("--out", type=Path, help="the table's file to write; default: none")
     added = command("demo", _demo, "train a tiny multimodal model with either projector, and plot")
     added.add_argument("--out", type=Path, help="the picture to write")
     added.add_argument("--steps", type=int)

@@ -46,7 +46,7 @@ def pool(x: torch.Tensor, table: Table, dtype: torch.dtype) -> torch.Tensor:
     """[B, n_in, K] -> [B, rows, K] of ``dtype``; sums in float32."""
     p = x.new_empty(x.shape[0], table.index.shape[0], x.shape[2], dtype=dtype)
     if p.numel():
-        pool_kernel.pool(x, *table[:3], p, config_for("pool", x.dtype))
+        pool_kernel.pool(x, *table[:3], p, config_for("pool", x.dtype, chip_of(x.device).arch))
     return p
 
 
@@ -66,7 +66,7 @@ def pool_linear(
     z = w.new_empty(*shape, w.shape[0]) if keep_z else None
     g = None if activation is None else w.new_empty(*shape, w.shape[0])
     if p.numel():
-        config = config_for("pool_linear", w.dtype)
+        config = config_for("pool_linear", w.dtype, chip_of(x.device).arch)
         pool_linear_kernel.pool_linear(x, *table[:3], w, bias, p, z, g, "tf32", config)
     return p, z, g
 
@@ -77,7 +77,8 @@ def dact_linear(
     """``dz`` = (dy w) * gelu'(z), ``g`` = gelu(z) and ``db`` = the sum of dz over its rows."""
     if not fuses(z.dtype):
         return eager.dact_linear(dy, w, z, want_g, want_db)
-    config = config_for("dact_linear", z.dtype)
+    arch = chip_of(z.device).arch
+    config = config_for("dact_linear", z.dtype, arch)
     m, n = z.shape
     dz = z.new_empty(m, n)
     g = z.new_empty(m, n) if want_g else None
@@ -87,5 +88,5 @@ def dact_linear(
     if m:
         dact_linear_kernel.dact_linear(dy, w, z, dz, g, sums, "tf32", config)
     if want_db:
-        dact_linear_kernel.bias_grad(sums, db, config_for("bias_grad", z.dtype))
+        dact_linear_kernel.bias_grad(sums, db, config_for("bias_grad", z.dtype, arch))
     return dz, g, db

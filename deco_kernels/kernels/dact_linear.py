@@ -72,8 +72,8 @@ def dact_linear_kernel(
         acc = tl.dot(a, b, acc, input_precision=PRECISION)
         dy += BK * stride_dyk
         w += BK * stride_wk
-    # z, gelu, slope and dz of a whole tile do not fit into the registers.
-    PIECE: tl.constexpr = 128 * 64
+    # In halves or more: z, gelu, slope and dz of a whole tile do not fit into the registers.
+    PIECE: tl.constexpr = 128 * 64 if BM * BN > 128 * 64 else BM * BN // 2
     epilogue(acc, z, dz, g, sums, panel, rm, column * BN, M, N, PIECE)
 
 
