@@ -2,11 +2,13 @@
 
 import itertools
 import json
+import re
 from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
 import torch
+import triton
 
 from deco_kernels.aot import search
 from deco_kernels.aot import triton as jit
@@ -104,6 +106,17 @@ def test_every_form_of_a_product_is_compiled():
     assert sorted(itertools.chain(*forms.values())) == sorted(products)
 
 
+@pytest.mark.skipif(triton.knobs.runtime.interpret, reason="the interpreter compiles nothing")
+def test_a_candidate_is_compiled_and_its_problems_told():
+    """256 sums a thread do not fit into 255 registers; of another kernel, nobody asks."""
+    case, config = "bf16 pool 576->1", Config({"PM": 8, "PK": 1024}, num_warps=1, num_stages=1)
+    (problem,) = search._problems(case, 80, "pool", 2, config)
+    assert re.fullmatch(rf"spills [1-9]\d* bytes in {case}", problem)
+    with table.override("pool", 2, config):
+        assert search._problems(case, 80, "pool_linear", 2, config) == []
+    assert search._problems(case, 80, "pool", 2, config_for("pool", BF16, 80)) == []
+
+
 @pytest.fixture
 def compiler(monkeypatch):
     """Nothing is compiled; what ``problems`` says of a candidate and a case is what came out."""
@@ -130,7 +143,9 @@ def test_the_search_goes_on_to_the_first_that_ships(compiler):
 
     compiler.problems = problems
     found, asked = list(search.verdicts()), (90, "pool_linear", 2)
-    (entry,) = [e for e in table.load(search.as_json(found)) if key(e) == asked]
+    entries = table.load(search.as_json(found))
+    (entry,) = [each for each in entries if key(each) == asked]
+    assert [each for each in entries if each.refused] == [entry]
     assert [(each.config, each.reason) for each in entry.refused] == [
         (first, "spills 8 bytes in bf16 linear 576->144"),
         (second, "spills 8 bytes in fp16 gelu 729->196"),
