@@ -91,6 +91,18 @@ def _tune(options: dict[str, Any]) -> int:
     return 0
 
 
+def _choose(options: dict[str, Any]) -> int:
+    from .aot import search
+
+    found = []
+    for verdict in search.verdicts():
+        print(verdict, flush=True)
+        found.append(verdict)
+    if "out" in options:
+        options["out"].write_text(search.as_json(found), encoding="utf-8")
+    return 0
+
+
 def _demo(options: dict[str, Any]) -> int:
     from .demo import run
 
@@ -126,7 +138,7 @@ def _parser() -> argparse.ArgumentParser:
     command("info", _info, "versions, devices, and which backends are usable and why not")
     where(command("check", _check, "forward and every gradient against float64"))
     added = command("compile", _compile, "compile every kernel ahead of time; needs no GPU")
-    help_arch = "compute capabilities; default: 80,90,100,120, and 75,86,89 for the CUDA kernels"
+    help_arch = "compute capabilities; default: 80,89,90,100,120, and 75,86 for the CUDA kernels"
     added.add_argument("--arch", type=_archs, help=help_arch)
     added.add_argument("--json", action="store_true", default=False, help="print rows as JSON")
     added = command("predict", _predict, "predicted times on chips, and what is assumed for them")
@@ -160,6 +172,8 @@ def _parser() -> argparse.ArgumentParser:
     added.add_argument("--dtype", choices=("bfloat16", "float16", "tf32"))
     added.add_argument("--device", help="default: cuda:0")
     added.add_argument("--dry-run", action="store_true", help="print what would be measured")
+    added = command("table", _choose, "choose tiles by the model and the compile facts; no GPU")
+    added.add_argument("--out", type=Path, help="the table's file to write; default: none")
     added = command("demo", _demo, "train a tiny multimodal model with either projector, and plot")
     added.add_argument("--out", type=Path, help="the picture to write")
     added.add_argument("--steps", type=int)

@@ -14,7 +14,9 @@ import triton
 import deco_kernels
 from deco_kernels import aot, check, extension
 from deco_kernels.__main__ import main
+from deco_kernels.aot import search
 from deco_kernels.aot import triton as jit
+from deco_kernels.tuning import rank, table
 
 COMPILES_TRITON = pytest.mark.skipif(
     triton.knobs.runtime.interpret, reason="the interpreter compiles nothing"
@@ -64,7 +66,7 @@ def table_of(*steps, notes=()):
 def test_help_names_every_command():
     run = python("-m", "deco_kernels", "--help")
     assert run.returncode == 0
-    for command in ("info", "check", "compile", "predict", "demo"):
+    for command in ("info", "check", "compile", "predict", "table", "demo"):
         assert re.search(rf"^ +{command} +\w", run.stdout, re.M)
 
 
@@ -82,6 +84,7 @@ def test_help_names_every_command():
                 *("--aten-pool-efficiency", "--pointwise-efficiency", "--launch-us"),
             ],
         ),
+        ("table", ["--out"]),
         ("demo", ["--out", "--steps", "--seed", "--device", "--backend"]),
     ],
 )
@@ -279,8 +282,8 @@ def test_compile_is_for_every_generation_by_default(monkeypatch, capsys):
         main(["compile", "--help"])
     (listed,) = re.findall(r"default: ([\d,]+), and ([\d,]+) for", capsys.readouterr().out)
     triton_archs, others = (tuple(map(int, archs.split(","))) for archs in listed)
-    assert triton_archs == aot.ARCHS["triton"] == (80, 90, 100, 120)
-    assert others == (75, 86, 89)
+    assert triton_archs == aot.ARCHS["triton"] == (80, 89, 90, 100, 120)
+    assert others == (75, 86)
     assert aot.ARCHS["cuda"] == tuple(sorted(triton_archs + others))
 
 
@@ -361,6 +364,26 @@ def test_errors_of_ours_keep_their_traceback(monkeypatch):
     monkeypatch.setattr(check, "run", run)
     with pytest.raises(AssertionError):
         main(["check"])
+
+
+@pytest.mark.parametrize("flag", [[], ["--out"]])
+def test_table_prints_verdicts_and_writes_if_told_to(monkeypatch, capsys, tmp_path, flag):
+    fast, slow = rank.candidates("pool_linear", 2)[:2]
+    told = [
+        search.Verdict(90, "pool_linear", 2, fast, 1.5, "spills 8 bytes in bf16 gelu 576->1"),
+        search.Verdict(90, "pool_linear", 2, slow, 2.0, None),
+    ]
+    monkeypatch.setattr(search, "verdicts", lambda: iter(told))
+    path = tmp_path / "table.json"
+    assert main(["table", *flag, *[str(path)] * len(flag)]) == 0
+    first, second = capsys.readouterr().out.splitlines()
+    assert first == f"sm_90 pool_linear 2 bytes  {fast}  1.5 us  {told[0].problem}"
+    assert second == f"sm_90 pool_linear 2 bytes  {slow}  2.0 us  ships"
+    assert path.exists() == bool(flag)
+    if flag:
+        (entry,) = [e for e in table.load(path.read_text()) if e.kernel == "pool_linear"]
+        assert (entry.config, entry.us) == (slow, 2.0)
+        assert entry.refused == (table.Refused(fast, 1.5, told[0].problem),)
 
 
 def test_demo_gets_what_was_given_and_no_more(monkeypatch):

@@ -200,7 +200,7 @@ def all_possible(monkeypatch):
 
 @pytest.mark.parametrize(
     ("archs", "for_cuda", "for_triton"),
-    [(None, 7, 4), ([75], 1, 0), ([75, 86], 2, 1), ([80, 90, 100, 120], 4, 4)],
+    [(None, 7, 5), ([75], 1, 0), ([75, 86], 2, 1), ([80, 90, 100, 120], 4, 4)],
 )
 def test_a_table_is_of_both_backends(all_possible, archs, for_cuda, for_triton):
     table = aot.table(archs)

@@ -14,7 +14,9 @@ from deco_kernels.kernels.launch import Config
 from deco_kernels.tuning import config_for
 from deco_kernels.tuning.chips import CHIPS
 from deco_kernels.tuning.model import Shape, Traffic, counts
-from deco_kernels.tuning.predict import GAIN, Assumptions, Predictor, holding, report, spills
+from deco_kernels.tuning.predict import GAIN, Assumptions, Predictor, holding, report
+from deco_kernels.tuning.rank import candidates
+from deco_kernels.tuning.table import override
 
 COMPILED = pytest.mark.skipif(triton.knobs.runtime.interpret, reason="needs compiled kernels")
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -28,7 +30,7 @@ SHAPES = {  # batch, grid in, grid out, channels, features, dtype
     "more tokens than before, three panels": (12, (3, 3), (5, 5), 32, 144, FP16),
 }
 LLAVA = Shape.adaptive(64, (24, 24), (12, 12), 1024, 4096)
-SHIPPED = config_for("pool_linear", BF16)
+SQUARE = Config({"PM": 16, "PK": 256, "BM": 128, "BN": 128, "BK": 64}, num_warps=8, num_stages=3)
 
 
 @pytest.fixture(autouse=True)
@@ -66,6 +68,17 @@ def assert_counted(kernel, shape, stats):
 @pytest.mark.parametrize("case", SHAPES.values(), ids=SHAPES)
 def test_pool_linear_does_what_the_model_counts(case):
     assert_counted("pool_linear", Shape.adaptive(*case), run_pool_linear(*case))
+
+
+@COMPILED
+@pytest.mark.parametrize("tile", [(128, 128), (64, 256), (128, 256), (256, 128)])
+def test_candidates_do_what_the_model_counts(tile):
+    shape, configs = SHAPES["overlapping windows, two ragged panels"], candidates("pool_linear", 2)
+    config = next(c for c in configs if (c.tiles["BM"], c.tiles["BN"]) == tile)
+    with override("pool_linear", 2, config):
+        stats = run_pool_linear(*shape)
+    assert stats.config is config
+    assert_counted("pool_linear", Shape.adaptive(*shape), stats)
 
 
 @COMPILED
@@ -115,7 +128,7 @@ def test_other_tiles_and_wgmma_move_the_same_bytes(monkeypatch, arch, tiles):
 
 def test_bytes_from_l2_are_those_of_the_tile_plan():
     """[64, 576, 1024] -> [64, 144, 4096]: P 32 times, W 72 times, X once."""
-    counted = counts("pool_linear", LLAVA, SHIPPED, 132)
+    counted = counts("pool_linear", LLAVA, SQUARE, 132)
     assert counted.l2_to_sm_bytes("p") == 32 * 64 * 144 * 1024 * 2
     assert counted.l2_to_sm_bytes("w") == 72 * 4096 * 1024 * 2
     assert counted.l2_to_sm_bytes("x") == 64 * 576 * 1024 * 2
@@ -133,34 +146,34 @@ def test_separate_kernels_on_an_h100_take_the_sum_of_product_and_pool():
 
 def test_fused_on_an_h100_takes_the_longer_and_a_start_up_if_l2_and_few_leading_panels_let_it():
     """113 to 120 us need a tile that loads less than 128 x 128 from L2, and small pool tasks."""
-    predictor = h100(launch_us=0)
-    (best, config), *_ = predictor.rank(LLAVA)
+    predictor, config = h100(launch_us=0), config_for("pool_linear", BF16, 90)
+    best, _ = predictor.fused_forward(LLAVA, config)
     assert 113 < best < 120
     assert config.tiles["BN"] == 256
     assert config.tiles["PM"] == 4
-    fused, _ = predictor.fused_forward(LLAVA, SHIPPED)
-    fast_l2, limit = h100(launch_us=0, l2_bytes_per_clock=1000).fused_forward(LLAVA, SHIPPED)
+    fused, _ = predictor.fused_forward(LLAVA, SQUARE)
+    fast_l2, limit = h100(launch_us=0, l2_bytes_per_clock=1000).fused_forward(LLAVA, SQUARE)
     assert limit == "tensor cores"
     assert best + 10 < fast_l2 < fused  # 33 of 72 panels are pooled before the first product
 
 
-def test_what_the_shipped_tile_loads_from_l2_on_an_h100_takes_longer_than_its_product():
+def test_what_a_square_tile_loads_from_l2_on_an_h100_takes_longer_than_its_product():
     """P 32 times, W 72 times; 33 of 72 panels are pooled before that, the rest beside it."""
     pooling, rest = (64 * 576 * 1024 * 2, 64 * 144 * 1024 * 2), 39 / 72
     start = (1 - rest) * sum(pooling) / (3.35e6 * 0.85)
     tables = pooling[0] / 8  # 32 bytes each of index and weight for 512 of X
     loads = 32 * pooling[1] + 72 * 4096 * 1024 * 2 + rest * (pooling[0] + tables)
     expected = start + loads / (132 * 40 * 1.83e3)
-    fused, limit = h100(launch_us=0).fused_forward(LLAVA, SHIPPED)
+    fused, limit = h100(launch_us=0).fused_forward(LLAVA, SQUARE)
     assert limit == "L2"
     assert fused == pytest.approx(expected, rel=0.005)  # the bias and the flags are left out here
 
 
 def all_times(predictor):
     return [
-        predictor.fused_forward(LLAVA, SHIPPED)[0],
+        predictor.fused_forward(LLAVA, SQUARE)[0],
         predictor.peer_forward(LLAVA),
-        predictor.fused_step(LLAVA, SHIPPED),
+        predictor.fused_step(LLAVA, SQUARE),
         predictor.torch_step(LLAVA, compiled=False),
         predictor.torch_step(LLAVA, compiled=True),
     ]
@@ -194,25 +207,12 @@ def test_a_step_without_limits_of_memory_is_its_products():
     expected = flops / (989.4e6 * 0.7)
     assert predictor.torch_step(LLAVA, compiled=False) == pytest.approx(expected, rel=1e-3)
     ours = 2 * rows * 4096 * (1024 + 4096) / (989.4e6 * 0.7)
-    assert predictor.fused_step(LLAVA, SHIPPED) == pytest.approx(expected - ours / 2, rel=1e-3)
-
-
-@pytest.mark.parametrize("chip", CHIPS.values(), ids=CHIPS)
-def test_ranked_tiles_fit_and_none_is_faster_than_the_first(chip):
-    ranked = Predictor(chip, Assumptions()).rank(LLAVA)
-    times = [us for us, _ in ranked]
-    assert times == sorted(times)
-    assert times[0] <= Predictor(chip, Assumptions()).fused_forward(LLAVA, SHIPPED)[0]
-    for _, config in ranked:
-        stage = (config.tiles["BM"] + config.tiles["BN"]) * config.tiles["BK"] * 2
-        stages = 3 if chip.arch in (90, 100) else 2
-        assert stage * stages <= chip.shared_kb * 1024
-        assert spills(config) == (config.tiles["BM"] * config.tiles["BN"] > 128 * 128)
+    assert predictor.fused_step(LLAVA, SQUARE) == pytest.approx(expected - ours / 2, rel=1e-3)
 
 
 @pytest.mark.parametrize("name", ["gemm_efficiency", "l2_bytes_per_clock", "fused_over_cublas"])
 def test_the_gain_is_gone_where_the_sensitivity_says(name):
-    chip, (_, config) = CHIPS["H200"], Predictor(CHIPS["H200"], Assumptions()).rank(LLAVA)[0]
+    chip, config = CHIPS["H200"], config_for("pool_linear", BF16, 90)
 
     def gain(value):
         return Predictor(chip, Assumptions(**{name: value})).gain(LLAVA, config)

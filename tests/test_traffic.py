@@ -32,7 +32,7 @@ def test_bytes_read_by_one_launch_are_those_of_the_tile_plan(arch):
     """[8, 576, 1024] -> [8, 144, 4096]: X once, P once a column of tiles, W once a panel."""
     batch, channels, features = 8, 1024, 4096
     stats = pool_linear_counts(arch, batch, channels, features)
-    tiles = config_for("pool_linear", BF16).tiles
+    tiles = config_for("pool_linear", BF16, arch).tiles
     m = batch * 144
     panels, columns = triton.cdiv(m, tiles["BM"]), triton.cdiv(features, tiles["BN"])
     plan = {
@@ -55,7 +55,7 @@ def test_bytes_read_by_one_launch_are_those_of_the_tile_plan(arch):
 
 @pytest.mark.parametrize("arch", [80, 90])
 def test_accesses_are_16_bytes_and_coalesced(arch):
-    stats = pool_linear_counts(arch, 1, 256, 128)
+    stats = pool_linear_counts(arch, 1, 256, 256)
     for name in "xpw":
         requests, nbytes, sectors = stats.buffers["ld", name]
         assert nbytes == sectors * SECTOR
@@ -96,10 +96,11 @@ def conflicts(stats):
 
 @pytest.mark.parametrize("arch", [80, 90])
 def test_no_more_bank_conflicts_than_a_plain_matmul(arch):
-    config = config_for("pool_linear", BF16)
+    config = config_for("pool_linear", BF16, arch)
     tiles = {name: config.tiles[name] for name in ("BM", "BN", "BK")}
-    p, w = torch.randn(128, 256).to(BF16), torch.randn(128, 256).to(BF16)
-    args = {"p": p, "w": w, "z": torch.empty(128, 128, dtype=BF16), "M": 128, "N": 128, "K": 256}
+    m, n = tiles["BM"], tiles["BN"]
+    p, w = torch.randn(m, 256).to(BF16), torch.randn(n, 256).to(BF16)
+    args = {"p": p, "w": w, "z": torch.empty(m, n, dtype=BF16), "M": m, "N": n, "K": 256}
     plain = run_triton(
         matmul,
         (1, 1),
@@ -109,10 +110,10 @@ def test_no_more_bank_conflicts_than_a_plain_matmul(arch):
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )
-    assert conflicts(pool_linear_counts(arch, 1, 256, 128)) <= conflicts(plain)
-    dy, z = torch.randn(128, 256).to(BF16), torch.randn(128, 128).to(BF16)
+    assert conflicts(pool_linear_counts(arch, 1, 256, n)) <= conflicts(plain)
+    dy, z = torch.randn(128, 256).to(BF16), torch.randn(128, 256).to(BF16)
     with simulated(arch) as launches:
-        backend.dact_linear(dy, torch.randn(256, 128).to(BF16), z, True, True)
+        backend.dact_linear(dy, torch.randn(256, 256).to(BF16), z, True, True)
     assert conflicts(launches[0]) <= conflicts(plain)
 
 

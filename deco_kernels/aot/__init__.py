@@ -11,7 +11,7 @@ from typing import NamedTuple
 _LIMITS = {75: 64, 80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
 SHARED_LIMIT = {arch: 1024 * kib for arch, kib in _LIMITS.items()}
 # By default. CUDA first, as its seconds are told: nothing else may compile at that time.
-ARCHS = {"cuda": (75, 80, 86, 89, 90, 100, 120), "triton": (80, 90, 100, 120)}
+ARCHS = {"cuda": (75, 80, 86, 89, 90, 100, 120), "triton": (80, 89, 90, 100, 120)}
 _NAMES = {"cuda": "CUDA", "triton": "Triton"}
 _NO_PRODUCT = ("pool", "dgelu", "bias_grad")  # kernels that multiply no matrices
 

@@ -106,8 +106,8 @@ def cases() -> dict[str, Callable[[], None]]:
             f"{product} gelu 576->1": partial(linear, GLOBAL, "gelu", True),
             f"{product} dz, g and db": partial(_dact_linear, dtype, True, True),
             f"{product} dz": partial(_dact_linear, dtype, False, False),
-            f"{name} gelu's dz, g and db": partial(_dgelu, dtype, True, True),
-            f"{name} gelu's dz": partial(_dgelu, dtype, False, False),
+            f"{name} elementwise dz, g and db": partial(_dgelu, dtype, True, True),
+            f"{name} elementwise dz": partial(_dgelu, dtype, False, False),
         }
         if dtype != fp32:  # tokens stay float32, the weights and their gradients do not
             linear = partial(_pool_linear, fp32, dtype)

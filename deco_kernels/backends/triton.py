@@ -43,11 +43,15 @@ def fuses(device: torch.device, dtype: torch.dtype) -> bool:
     return dtype.itemsize == 2 or torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 
+def _config(kernel: str, t: torch.Tensor) -> Config:
+    return config_for(kernel, t.dtype, chip_of(t.device).arch)
+
+
 def pool(x: torch.Tensor, table: Table, dtype: torch.dtype) -> torch.Tensor:
     """[B, n_in, K] -> [B, rows, K] of ``dtype``; sums in float32."""
     p = x.new_empty(x.shape[0], table.index.shape[0], x.shape[2], dtype=dtype)
     if p.numel():
-        pool_kernel.pool(x, *table[:3], p, config_for("pool", x.dtype))
+        pool_kernel.pool(x, *table[:3], p, _config("pool", x))
     return p
 
 
@@ -67,7 +71,7 @@ def pool_linear(
     z = w.new_empty(*shape, w.shape[0]) if keep_z else None
     g = None if activation is None else w.new_empty(*shape, w.shape[0])
     if p.numel():
-        config = config_for("pool_linear", w.dtype)
+        config = _config("pool_linear", w)
         pool_linear_kernel.pool_linear(x, *table[:3], w, bias, p, z, g, "tf32", config)
     return p, z, g
 
@@ -78,23 +82,23 @@ def dact_linear(
     """``dz`` = (dy w) * gelu'(z), ``g`` = gelu(z) and ``db`` = the sum of dz over its rows."""
     if not fuses(z.device, z.dtype):
         return composed_dact_linear(dy, w, z, want_g, want_db)
-    config, dz = config_for("dact_linear", z.dtype), torch.empty_like(z)
+    config, dz = _config("dact_linear", z), torch.empty_like(z)
     g, sums = _extras(z, want_g, want_db, config)
     if len(z):
         dact_linear_kernel.dact_linear(dy, w, z, dz, g, sums, "tf32", config)
-    return dz, g, _bias_grad(sums, z.dtype)
+    return dz, g, _bias_grad(sums, z)
 
 
 def composed_dact_linear(
     dy: torch.Tensor, w: torch.Tensor, z: torch.Tensor, want_g: bool, want_db: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
     """:func:`dact_linear` with cuBLAS's product, then one elementwise kernel."""
-    config = config_for("dgelu", z.dtype)
+    config = _config("dgelu", z)
     dz = torch.mm(dy, w, out=torch.empty_like(z))  # also where autocast would have another dtype
     g, sums = _extras(z, want_g, want_db, config)
     if len(z):
         dgelu_kernel.dgelu(dz, z, g, sums, config)
-    return dz, g, _bias_grad(sums, z.dtype)
+    return dz, g, _bias_grad(sums, z)
 
 
 def _extras(
@@ -106,9 +110,9 @@ def _extras(
     return torch.empty_like(z) if want_g else None, sums
 
 
-def _bias_grad(sums: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
+def _bias_grad(sums: torch.Tensor | None, z: torch.Tensor) -> torch.Tensor | None:
     if sums is None:
         return None
-    db = sums.new_empty(sums.shape[1], dtype=dtype)
-    dact_linear_kernel.bias_grad(sums, db, config_for("bias_grad", dtype))
+    db = z.new_empty(z.shape[1])
+    dact_linear_kernel.bias_grad(sums, db, _config("bias_grad", z))
     return db

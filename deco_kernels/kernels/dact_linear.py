@@ -6,21 +6,32 @@ import triton.language as tl
 
 from .gelu import gelu_and_slope
 from .launch import Config, launch
+from .tile import halves
 
 
 @triton.jit
-def epilogue(acc, z, dz, g, sums, panel, rm, rn, M, N):
-    """Turn the gradient ``acc`` of the activation into that of the pre-activation, and store."""
-    inside = (rm < M)[:, None] & (rn < N)[None, :]
-    out = rm.to(tl.int64)[:, None] * N + rn[None, :]
-    zs = tl.load(z + out, mask=inside, other=0.0).to(tl.float32)
-    y, slope = gelu_and_slope(zs, EXACT=z.dtype.element_ty == tl.float32)
-    if g is not None:
-        tl.store(g + out, y.to(g.dtype.element_ty), mask=inside)
-    acc *= slope
-    tl.store(dz + out, acc.to(dz.dtype.element_ty), mask=inside)
-    if sums is not None:  # rows past the end are zero in acc
-        tl.store(sums + panel.to(tl.int64) * N + rn, tl.sum(acc, axis=0), mask=rn < N)
+def epilogue(acc, z, dz, g, sums, panel, rm, first, M, N, PIECE: tl.constexpr):
+    """Turn the gradient ``acc`` of the activation into that of the pre-activation, and store.
+
+    Its columns begin at ``first``.
+    """
+    BN: tl.constexpr = acc.shape[1]
+    if acc.numel > PIECE:
+        left, right = halves(acc)
+        epilogue(left, z, dz, g, sums, panel, rm, first, M, N, PIECE)
+        epilogue(right, z, dz, g, sums, panel, rm, first + BN // 2, M, N, PIECE)
+    else:
+        rn = first + tl.arange(0, BN)
+        inside = (rm < M)[:, None] & (rn < N)[None, :]
+        out = rm.to(tl.int64)[:, None] * N + rn[None, :]
+        zs = tl.load(z + out, mask=inside, other=0.0).to(tl.float32)
+        y, slope = gelu_and_slope(zs, EXACT=z.dtype.element_ty == tl.float32)
+        if g is not None:
+            tl.store(g + out, y.to(g.dtype.element_ty), mask=inside)
+        acc *= slope
+        tl.store(dz + out, acc.to(dz.dtype.element_ty), mask=inside)
+        if sums is not None:  # rows past the end are zero in acc
+            tl.store(sums + panel.to(tl.int64) * N + rn, tl.sum(acc, axis=0), mask=rn < N)
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -61,12 +72,9 @@ def dact_linear_kernel(
         acc = tl.dot(a, b, acc, input_precision=PRECISION)
         dy += BK * stride_dyk
         w += BK * stride_wk
-    # In two halves: z, gelu, slope and dz of a whole tile do not fit into the registers.
-    HALF: tl.constexpr = BN // 2
-    left, right = acc.reshape([BM, 2, HALF]).permute(0, 2, 1).split()
-    rn = column * BN + tl.arange(0, HALF)
-    epilogue(left, z, dz, g, sums, panel, rm, rn, M, N)
-    epilogue(right, z, dz, g, sums, panel, rm, rn + HALF, M, N)
+    # In halves or more: z, gelu, slope and dz of a whole tile do not fit into the registers.
+    PIECE: tl.constexpr = 128 * 64 if BM * BN > 128 * 64 else BM * BN // 2
+    epilogue(acc, z, dz, g, sums, panel, rm, column * BN, M, N, PIECE)
 
 
 @triton.jit(do_not_specialize=["panels"])

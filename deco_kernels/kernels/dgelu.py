@@ -19,11 +19,11 @@ def dgelu_kernel(
     BM: tl.constexpr,
     BN: tl.constexpr,
 ):
-    panel = tl.program_id(1)
-    rm, rn = panel * BM + tl.arange(0, BM), tl.program_id(0) * BN + tl.arange(0, BN)
+    panel, first = tl.program_id(1), tl.program_id(0) * BN
+    rm, rn = panel * BM + tl.arange(0, BM), first + tl.arange(0, BN)
     inside = (rm < M)[:, None] & (rn < N)[None, :]
     dg = tl.load(dz + rm.to(tl.int64)[:, None] * N + rn[None, :], mask=inside, other=0.0)
-    epilogue(dg.to(tl.float32), z, dz, g, sums, panel, rm, rn, M, N)
+    epilogue(dg.to(tl.float32), z, dz, g, sums, panel, rm, first, M, N, PIECE=BM * BN)
 
 
 def dgelu(

@@ -16,6 +16,7 @@ import triton.language as tl
 from .gelu import gelu
 from .launch import Config, chip_of, launch
 from .pool import gather
+from .tile import halves
 from .workspace import workspace_for
 
 HEADER = tl.constexpr(2)  # of the workspace: ticket, CTAs that have finished; then the flags
@@ -48,6 +49,27 @@ def pool_task(
 
 
 @triton.jit
+def epilogue(acc, bias, z, g, rm, first, M, N, PIECE: tl.constexpr):
+    """Add the bias to ``acc``, whose columns begin at ``first``; store it and its GELU."""
+    BN: tl.constexpr = acc.shape[1]
+    if acc.numel > PIECE:
+        left, right = halves(acc)
+        epilogue(left, bias, z, g, rm, first, M, N, PIECE)
+        epilogue(right, bias, z, g, rm, first + BN // 2, M, N, PIECE)
+    else:
+        rn = first + tl.arange(0, BN)
+        inside = (rm < M)[:, None] & (rn < N)[None, :]
+        if bias is not None:
+            acc += tl.load(bias + rn, mask=rn < N, other=0.0).to(tl.float32)[None, :]
+        out = rm.to(tl.int64)[:, None] * N + rn[None, :]
+        if z is not None:
+            tl.store(z + out, acc.to(z.dtype.element_ty), mask=inside)
+        if g is not None:
+            y = gelu(acc, EXACT=g.dtype.element_ty == tl.float32)
+            tl.store(g + out, y.to(g.dtype.element_ty), mask=inside)
+
+
+@triton.jit
 def gemm_task(
     p,
     w,
@@ -76,14 +98,10 @@ def gemm_task(
         a = tl.load(p + k, mask=rows & (rk < K - k)[None, :], other=0.0)
         b = tl.load(w + k * stride_wk, mask=(rk < K - k)[:, None] & columns, other=0.0)
         acc = tl.dot(a, b, acc, input_precision=PRECISION)
-    if bias is not None:
-        acc += tl.load(bias + rn, mask=rn < N, other=0.0).to(tl.float32)[None, :]
-    out = rm.to(tl.int64)[:, None] * N + rn[None, :]
-    if z is not None:
-        tl.store(z + out, acc.to(z.dtype.element_ty), mask=rows & columns)
-    if g is not None:
-        y = gelu(acc, EXACT=g.dtype.element_ty == tl.float32)
-        tl.store(g + out, y.to(g.dtype.element_ty), mask=rows & columns)
+    # More sums than 128 x 128 do not fit into the registers with bias, GELU and addresses: in
+    # pieces. Halves of just 128 x 128 would make ptxas aim at 128 registers on sm_100, and spill.
+    PIECE: tl.constexpr = 128 * 128 if BM * BN <= 128 * 128 else 128 * 64
+    epilogue(acc, bias, z, g, rm, column * BN, M, N, PIECE)
 
 
 @triton.jit(do_not_specialize=["M", "MO", "panels", "lead"])

@@ -1,4 +1,4 @@
-"""Which tile sizes? A static table, chosen by compile facts."""
+"""Which tile sizes? A static table, from the model's rank and compile facts."""
 
 from .table import config_for
 

@@ -51,7 +51,7 @@ def predicted(chip: ChipFigures, kernels: str, call: Call) -> dict[str, float]:
     ours &= kernels == "triton" or (pools and chip.arch < WGMMA)
     times = {}
     if ours:
-        config = config_for(call.verb, call.dtype)
+        config = config_for(call.verb, call.dtype, chip.arch)
         if pools:
             times[kernels] = predictor.fused_forward(shape, config, call.activation)[0]
         else:

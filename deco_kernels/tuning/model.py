@@ -160,9 +160,12 @@ def _pool_linear(shape: Shape, config: Config, sms: int) -> Counts:
     loads = _gather(shape, config, panels * tiles["BM"], cdiv(shape.channels, tiles["PK"]))
     loads["p"] = _whole(columns * shape.p_bytes)
     loads["w"] = _whole(panels * shape.w_bytes)
-    # Two rows of warps over a tile; in a request, eight rows of lanes ask for the same 8 columns.
-    requests = 2 * panels * shape.features // 8
-    loads["bias"] = Traffic(requests * 8 * 8 * shape.dtype.itemsize, requests)
+    # A row of warps for each 64 rows of a tile: one reads the bias once and shares it; with more,
+    # eight rows of lanes ask for the same 8 columns in each request.
+    loads["bias"] = _whole(panels * shape.features * shape.dtype.itemsize)
+    if tiles["BM"] > 64:
+        requests = tiles["BM"] // 64 * panels * shape.features // 8
+        loads["bias"] = Traffic(requests * 8 * 8 * shape.dtype.itemsize, requests)
     # If nobody had to wait: a look at the flag a tile; tickets, raised flags and farewells; reset.
     looks = panels * columns
     atomics = panels * (slots + columns) + ctas + panels * slots + ctas
@@ -200,8 +203,8 @@ _COUNTED = {"pool": _pool, "pool_linear": _pool_linear, "dact_linear": _dact_lin
 def counts(kernel: str, shape: Shape, config: Config, sms: int) -> Counts:
     """What one launch of a Triton kernel does in training.
 
-    Exact on sm_80 if no CTA has to wait for a flag, but for the bias, whose loads are those of a
-    tile of 128 x 128: other tiles, and wgmma, load it in other pieces.
+    Exact on sm_80 if no CTA has to wait for a flag; wgmma, and other numbers of warps than
+    :mod:`.rank` gives a tile, load the bias in other pieces.
 
     Args:
         kernel: "pool" (also with a transposed shape), "pool_linear" (with a bias, keeping Z and G)

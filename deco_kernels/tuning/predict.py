@@ -8,7 +8,8 @@ All times are predicted; nothing here was measured on a GPU. Simplifications, be
   free, also the fused kernel's pooling and GELU.
 - Tiles are padded, and the last wave of tiles occupies all SMs. cuBLAS has the best of three tiles.
 - What the launch before wrote is read back from L2 if all of it fits there, else from DRAM.
-- The fused kernel pools its leading panels first, as fast as DRAM goes. After that all overlaps.
+- The fused kernel pools its leading panels first, as fast as DRAM goes. After that all overlaps,
+  however many CTAs fit on an SM.
 - Step: two layers, a frozen tower, gradients of all parameters. Eager is ATen and cuBLAS;
   compile does GELU's backward and the sum of its output in one pass, and nothing else better.
 """
@@ -16,12 +17,12 @@ All times are predicted; nothing here was measured on a GPU. Simplifications, be
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
-from itertools import pairwise, product
+from itertools import pairwise
 
 from ..kernels.launch import Config
 from .chips import CHIPS, ChipFigures
 from .model import Shape, cdiv, counts, tasks
-from .table import config_for
+from .table import config_for, refused_for
 
 GAIN = 1.02  # below this, a gain is called gone
 _CUBLAS_TILES = ((128, 256), (128, 128), (64, 128))
@@ -161,14 +162,15 @@ class Predictor:
         if aten:  # dZ, G, and the sum of dZ
             read = self._pointwise(self._fresh(hidden) + 2 * hidden), self._pointwise(2 * hidden)
             return product + sum(read) + self._pointwise(self._fresh(hidden))
-        sums = cdiv(shape.rows, config_for("dgelu", shape.dtype).tiles["BM"]) * shape.features * 4
+        tiles = config_for("dgelu", shape.dtype, self.chip.arch).tiles
+        sums = 4 * cdiv(shape.rows, tiles["BM"]) * shape.features
         elementwise = self._pointwise(self._fresh(hidden) + 3 * hidden + sums)
         return product + elementwise + self._pointwise(self._fresh(sums))
 
     def fused_step(self, shape: Shape, config: Config) -> float:
         """Forward and backward of two layers with our kernels."""
         second = replace(shape, channels=shape.features)
-        dact = self.dact(second, config_for("dact_linear", shape.dtype))
+        dact = self.dact(second, config_for("dact_linear", shape.dtype, self.chip.arch))
         return self.fused_forward(shape, config)[0] + dact + self._common(shape)
 
     def torch_step(self, shape: Shape, compiled: bool) -> float:
@@ -189,28 +191,6 @@ class Predictor:
     def gain(self, shape: Shape, config: Config) -> float:
         """Pool + cuBLASLt over the fused forward."""
         return self.peer_forward(shape) / self.fused_forward(shape, config)[0]
-
-    def rank(self, shape: Shape) -> list[tuple[float, Config]]:
-        """Configurations of the fused forward that fit into shared memory, the fastest first.
-
-        Registers are not modelled: compile before you believe it. Those of :func:`spills` are here
-        too, for what a kernel that does not could gain.
-        """
-        size = shape.dtype.itemsize
-        depth, found = 128 // size, []
-        # With mma.sync, Triton keeps one stage less in shared memory.
-        stages = 3 if self.chip.arch in (90, 100) else 2
-        for (pm, pk), bm, bn in product(((4, 1024), (8, 512), (16, 512)), (64, 128), (128, 256)):
-            tiles = {"PM": pm, "PK": pk // size, "BM": bm, "BN": bn, "BK": depth}
-            config = Config(tiles, num_warps=8, num_stages=3)
-            if (bm + bn) * depth * size * stages <= self.chip.shared_kb * 1024:
-                found.append((self.fused_forward(shape, config)[0], config))
-        return sorted(found, key=lambda pair: pair[0])
-
-
-def spills(config: Config) -> bool:
-    """Whether the sums take more than 64 registers a thread: then compiled kernels have spilled."""
-    return config.tiles["BM"] * config.tiles["BN"] > 64 * 32 * config.num_warps
 
 
 def holding(
@@ -273,17 +253,16 @@ def report(chips: Sequence[str] = tuple(CHIPS), batch: int = 64, **given: float)
         raise ValueError(f"batch must be at least 1, got {batch}")
     assumed = Assumptions(**given)
     shape = Shape.adaptive(batch, (24, 24), (12, 12), 1024, 4096)
-    shipped = config_for("pool_linear", shape.dtype)
     head = "chip,config,fused,limit,pool+Lt,gain,step,eager,gain,compile,gain"
     times, sensitivity, configs = [head.split(",")], [], []
     for chip in map(CHIPS.__getitem__, chips):
         predictor = Predictor(chip, assumed)
-        ranked = [config for _, config in predictor.rank(shape)]
-        best = next(config for config in ranked if not spills(config))
-        rows = [("shipped", shipped), ("best", best)] + [("spills", ranked[0])] * spills(ranked[0])
+        key = "pool_linear", shape.dtype, chip.arch
+        rows = [("shipped", config_for(*key), "")]
+        rows += [("refused", each.config, each.reason) for each in refused_for(*key)[:1]]
         others = [predictor.torch_step(shape, compiled) for compiled in (False, True)]
-        for name, config in rows:
-            configs.append((chip.name, name, str(config)))
+        for name, config, reason in rows:
+            configs.append((chip.name, name, str(config), reason))
             fused, limit = predictor.fused_forward(shape, config)
             composed, step = predictor.peer_forward(shape), predictor.fused_step(shape, config)
             row = [chip.name, name, f"{fused:.1f}", limit]
@@ -307,7 +286,7 @@ def report(chips: Sequence[str] = tuple(CHIPS), batch: int = 64, **given: float)
             *("", *_aligned(times)),
             *(
                 "",
-                "Tiles (best: of those that fit; spills: faster, but not with registers enough)",
+                "Tiles (refused: the fastest by this model, which the compiler does not let ship)",
                 *_aligned(configs),
             ),
             *("", "Assumptions, each a flag", *_aligned(assumptions)),
