@@ -20,6 +20,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from deco_kernels import fuse
+from deco_kernels.check import Error, errors
 
 GRIDS, MERGES = torch.tensor([[1, 4, 6], [3, 2, 4], [1, 2, 2]]), torch.tensor([2, 1, 2])
 
@@ -121,6 +122,17 @@ def pair(kind, **options):
     report = fuse(fused, **options)
     assert [*report.replaced] == [""], report
     return stock, fused
+
+
+def worst_errors(stock, fused, kind, dtype):
+    """The largest errors of output and gradients in four draws, by tensor."""
+    stock, fused = (Called(module.to(dtype), kind.call) for module in (stock, fused))
+    draws = []
+    for _ in range(4):  # of a few numbers each: one draw may be lucky
+        x = torch.randn(kind.shape).to(dtype)
+        draws.append(errors(fused, stock, x, torch.randn_like(stock(x))))
+    columns = [[*zip(*found, strict=True)] for found in zip(*draws, strict=True)]
+    return [Error(names[0], *map(max, rest)) for names, *rest in columns]
 
 
 def computes(module, kind, x):

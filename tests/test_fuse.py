@@ -6,7 +6,18 @@ import pickle
 
 import pytest
 import torch
-from fuse_kinds import KINDS, Called, Kind, changes, computes, images, kinds, pair, projecting
+from fuse_kinds import (
+    KINDS,
+    Called,
+    Kind,
+    changes,
+    computes,
+    images,
+    kinds,
+    pair,
+    projecting,
+    worst_errors,
+)
 from stock import (
     EncoderTower,
     LlavaLike,
@@ -17,22 +28,14 @@ from stock import (
 )
 
 from deco_kernels import FusedAvgPoolProjector, fuse, unfuse
-from deco_kernels.check import Error, errors
 from deco_kernels.integrations import explain
 
 
 @kinds
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_output_and_gradients_are_as_near_to_float64_as_the_stock_ones(kind, dtype):
-    stock, fused = (module.to(dtype) for module in pair(kind))
-    draws = []
-    for _ in range(4):  # of a few numbers each: one draw may be lucky
-        x = torch.randn(kind.shape).to(dtype)
-        dy = torch.randn_like(kind.call(stock, x))
-        draws.append(errors(Called(fused, kind.call), Called(stock, kind.call), x, dy))
-    for found in zip(*draws, strict=True):
-        worst = Error(found[0].name, *(max(column) for column in [*zip(*found, strict=True)][1:]))
-        assert worst.within(), found
+    found = worst_errors(*pair(kind), kind, dtype)
+    assert all(e.within() for e in found), found
 
 
 @kinds

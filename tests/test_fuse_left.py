@@ -38,7 +38,7 @@ def test_report_of_a_whole_model():
     assert model.shared is model.projector
     assert str(report).splitlines() == [
         "replaced:",
-        "  projector: adaptive average pooling by a ratio, in front of linear_2",
+        "  projector: adaptive average pooling by a ratio, before linear_2",
         "left:",
         "  vision.0: pooling by attention is no average: it does not commute with a linear layer",
         "  video: get_2dPool pools by maximum, which does not commute with a linear layer",

@@ -9,7 +9,7 @@ from ..backends import check_backend
 from ..plain import hooked_globally
 from ..projector import Plan
 from . import models, packed, projectors
-from .swap import Found, is_fused, swap, swap_back
+from .swap import Found, kind_of, swap, swap_back
 
 __all__ = ["Fusion", "explain", "fuse", "unfuse"]
 
@@ -95,7 +95,7 @@ def unfuse(model: nn.Module) -> Fusion:
     _check_module(model)
     done = Fusion({}, {})
     for name, module in list(model.named_modules()):
-        if is_fused(module):
+        if kind_of(module) is not None:
             problem = swap_back(module)
             if problem is None:
                 done.replaced[name] = type(module).__name__
@@ -114,12 +114,14 @@ def explain(model: nn.Module) -> dict[str, Plan]:
         TypeError: ``model`` is not a module.
     """
     _check_module(model)
-    return {name: m.plan() for name, m in model.named_modules() if is_fused(m)}
+    fused = ((name, m, kind_of(m)) for name, m in model.named_modules())
+    return {name: kind.plan(module) for name, module, kind in fused if kind is not None}
 
 
 def _find(module: nn.Module) -> Found | None:
-    if is_fused(module):
-        return Found("it is fused already", owned=module.owned())
+    kind = kind_of(module)
+    if kind is not None:
+        return Found("it is fused already", owned=kind.owned(module))
     inside = tuple(module.modules())
     for kind in (*PROJECTORS, *MODELS):
         found = kind.find(module)

@@ -2,9 +2,7 @@
 
 import inspect
 import math
-from collections.abc import Iterator
-from functools import wraps
-from typing import Any
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import nn
@@ -15,25 +13,11 @@ from ..plain import plain
 from ..projector import Plan
 from ..stencil import Stencil
 from . import tail
-from .swap import ATTRIBUTE, Found, Swapped, disagreement, random_tokens, stand_in
+from .swap import Found, Kind, disagreement, random_tokens, stand_in, state
 from .view import Projector, View, finished
 
 
-def _entry(stock, original, kind):
-    @wraps(stock)
-    def entry(self, *args, **kwargs):
-        last = kind.last(self)
-        if isinstance(last, str) or torch.compiler.is_compiling():  # Dynamo knows no views
-            return stock(self, *args, **kwargs)
-        projector = Projector(kind.module(self), last, self.__dict__[ATTRIBUTE].backend)
-        attribute = None if kind.through_get_model else kind.projector
-        view = View.of(self, original, projector, attribute, kind.pool, kind)
-        return finished(stock(view, *args, **kwargs))
-
-    return entry
-
-
-class PooledByModel(Swapped):
+class PooledByModel(Kind):
     """A model that calls a projector and then a pooling method of its own.
 
     ``projector``, ``pool`` and ``entries`` are the names of the projector, the pooling method and
@@ -46,9 +30,23 @@ class PooledByModel(Swapped):
     entries: tuple[str, ...]
 
     @classmethod
-    def methods(cls, original: type[nn.Module]) -> dict[str, Any]:
-        found = {name: getattr(original, name, None) for name in cls.entries}
-        return {name: _entry(stock, original, cls) for name, stock in found.items() if stock}
+    def methods(cls, original: type[nn.Module]) -> dict[str, Callable]:
+        return {name: cls._entry(original, name) for name in cls.entries if hasattr(original, name)}
+
+    @classmethod
+    def _entry(cls, original: type[nn.Module], name: str) -> Callable:
+        stock = getattr(original, name)
+
+        def entry(self, *args, **kwargs):
+            last = cls.last(self)
+            if isinstance(last, str) or torch.compiler.is_compiling():  # Dynamo knows no views
+                return stock(self, *args, **kwargs)
+            projector = Projector(cls.module(self), last, state(self).backend)
+            attribute = None if cls.through_get_model else cls.projector
+            view = View.of(self, original, projector, attribute, cls.pool, cls)
+            return finished(stock(view, *args, **kwargs))
+
+        return entry
 
     @classmethod
     def module(cls, model: nn.Module) -> nn.Module | None:
@@ -59,7 +57,7 @@ class PooledByModel(Swapped):
     @classmethod
     def last(cls, model: nn.Module) -> tail.Tail | str:
         """The tail of the projector, or why its weights must not be read."""
-        module, (kind, kinds, mode) = cls.module(model), model.__dict__[ATTRIBUTE].seen
+        module, (kind, kinds, mode) = cls.module(model), state(model).seen
         if not plain(module, kind):
             return f"{cls.projector} is {type(module).__name__}, or hooked"
         if cls.mode(model) != mode:
@@ -146,16 +144,18 @@ class PooledByModel(Swapped):
         """The pooling of ``tokens``; None if the method itself must be called."""
         raise NotImplementedError
 
-    def owned(self) -> tuple[nn.Module, ...]:
-        return (self.module(self),)
+    @classmethod
+    def owned(cls, module: nn.Module) -> tuple[nn.Module, ...]:
+        return (cls.module(module),)
 
-    def plan(self, x: torch.Tensor | None = None) -> Plan:
-        backend, last = self.__dict__[ATTRIBUTE].backend, self.last(self)
+    @classmethod
+    def plan(cls, module: nn.Module) -> Plan:
+        last = cls.last(module)
         if isinstance(last, str):
             return Plan("eager", "stock", last)
-        like = last.linear.weight if x is None else x
-        reason = f"{self.pool} pools before the last layer of {self.projector}"
-        return Plan(choose(backend, like.device, like.dtype).backend, "fused", reason)
+        like = last.linear.weight
+        backend = choose(state(module).backend, like.device, like.dtype).backend
+        return Plan(backend, "fused", f"{cls.pool} pools before the last layer of {cls.projector}")
 
 
 class Llava(PooledByModel):

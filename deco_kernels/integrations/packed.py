@@ -1,6 +1,7 @@
 """Which encoders shrink images of different sizes one by one? A packed stencil does all at once."""
 
 import inspect
+from collections.abc import Callable
 from itertools import groupby
 from typing import Any
 
@@ -11,7 +12,7 @@ from .. import functional
 from ..backends import choose
 from ..projector import Plan
 from ..stencil import Stencil
-from .swap import ATTRIBUTE, Found, Swapped, as_fused, disagreement, random_tokens, stand_in
+from .swap import Found, Kind, as_fused, disagreement, random_tokens, stand_in, state
 
 _LAYERS = ("embeddings", "encoder", "post_layernorm")
 _TRIAL_GRIDS, _TRIAL_MERGES = [[1, 4, 6], [3, 2, 4], [2, 2, 2]], [2, 1, 2]
@@ -40,17 +41,15 @@ def downsampling(grids: torch.Tensor, merges: torch.Tensor) -> Stencil | None:
     return Stencil.packed(blocks, target=targets)
 
 
-class OfTower(Swapped):
+class OfTower(Kind):
     """A vision tower that ends with that downsampling."""
 
     does = "downsampling of images of all sizes at once"
 
-    def owned(self) -> tuple[nn.Module, ...]:
-        return ()
-
-    def plan(self, x: torch.Tensor | None = None) -> Plan:
-        like = next(self.parameters(), torch.empty(0)) if x is None else x
-        backend = choose(self.__dict__[ATTRIBUTE].backend, like.device, like.dtype).backend
+    @classmethod
+    def plan(cls, module: nn.Module) -> Plan:
+        like = next(module.parameters(), torch.empty(0))
+        backend = choose(state(module).backend, like.device, like.dtype).backend
         return Plan(backend, "fused", "downsampling by 1 and 2 is one pooling")
 
 
@@ -72,13 +71,16 @@ class Unshuffle(OfTower):
             return Found(f"its pixel_unshuffle is not the one known here: {problem}")
         return Found(cls.does, cls)
 
-    def pixel_unshuffle(self, hidden_states, grid_thw, merge_sizes):
-        """As the original class; tokens [N, C] of all images."""
-        stencil = downsampling(grid_thw, merge_sizes)
-        if stencil is None or hidden_states.dim() != 2:
-            return super().pixel_unshuffle(hidden_states, grid_thw, merge_sizes)
-        backend = self.__dict__[ATTRIBUTE].backend
-        return functional.pool(hidden_states[None], stencil, backend=backend)[0]
+    @classmethod
+    def methods(cls, original: type[nn.Module]) -> dict[str, Callable]:
+        def pixel_unshuffle(self, hidden_states, grid_thw, merge_sizes):
+            stencil = downsampling(grid_thw, merge_sizes)
+            if stencil is None or hidden_states.dim() != 2:
+                return original.pixel_unshuffle(self, hidden_states, grid_thw, merge_sizes)
+            backend = state(self).backend
+            return functional.pool(hidden_states[None], stencil, backend=backend)[0]
+
+        return {"pixel_unshuffle": pixel_unshuffle}
 
 
 class Encoder(OfTower):
@@ -102,15 +104,17 @@ class Encoder(OfTower):
             return Found(f"its forward is not the one known here: {problem}")
         return Found(cls.does, cls)
 
-    def forward(self, pixel_values, grid_sizes, merge_sizes=None):
-        """As the original class; returns tokens [N, C] of all images."""
-        stencil = downsampling(grid_sizes, merge_sizes)
-        if stencil is None:
-            return super().forward(pixel_values, grid_sizes, merge_sizes)
-        x = self.encoder(self.embeddings(pixel_values), grid_sizes, merge_sizes)
-        x = self.post_layernorm(x)
-        backend = self.__dict__[ATTRIBUTE].backend
-        return functional.pool(x[None], stencil, backend=backend)[0]
+    @classmethod
+    def methods(cls, original: type[nn.Module]) -> dict[str, Callable]:
+        def forward(self, pixel_values, grid_sizes, merge_sizes=None):
+            stencil = downsampling(grid_sizes, merge_sizes)
+            if stencil is None:
+                return original.forward(self, pixel_values, grid_sizes, merge_sizes)
+            x = self.encoder(self.embeddings(pixel_values), grid_sizes, merge_sizes)
+            x = self.post_layernorm(x)
+            return functional.pool(x[None], stencil, backend=state(self).backend)[0]
+
+        return {"forward": forward}
 
 
 def _noting(calls: list, name: str):

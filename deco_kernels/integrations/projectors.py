@@ -1,7 +1,7 @@
 """Which modules pool and project by themselves?"""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import nn
@@ -11,23 +11,29 @@ from ..plain import plain
 from ..projector import FusedAvgPoolProjector, Plan
 from ..stencil import Stencil
 from . import tail
-from .swap import ATTRIBUTE, Found, Swapped, as_fused, disagreement, random_tokens, stand_in
+from .swap import Found, Kind, as_fused, disagreement, random_tokens, stand_in, state
 
 
-class PooledBefore(Swapped, FusedAvgPoolProjector):
-    """Average pooling, then an MLP: DeCo's own projector. Acts as FusedAvgPoolProjector."""
+class LikeDeco(FusedAvgPoolProjector):
+    """The methods of FusedAvgPoolProjector, for an object that was made as something else."""
 
     @property
     def backend(self) -> str:
-        return self.__dict__[ATTRIBUTE].backend
+        return state(self).backend
 
     @property
     def _side(self) -> int:
-        return self.__dict__[ATTRIBUTE].seen[0]
+        return state(self).seen[0]
 
     @property
     def mm_hidden_size(self) -> int:
-        return self.__dict__[ATTRIBUTE].seen[1]
+        return state(self).seen[1]
+
+
+class PooledBefore(Kind):
+    """Average pooling, then an MLP: DeCo's own projector. Acts as FusedAvgPoolProjector."""
+
+    bases = (LikeDeco,)
 
     @classmethod
     def find(cls, module: nn.Module) -> Found | None:
@@ -39,43 +45,31 @@ class PooledBefore(Swapped, FusedAvgPoolProjector):
             like = FusedAvgPoolProjector.from_reference(module)
         except TypeError as error:
             return Found(str(error))
-        problem = _more_than(module, {"sampler", "mlp_projector"}) or like._unreadable()
-        if problem is None and like._plan(None).path != "fused":
-            problem = like._plan(None).reason
+        problem = _more_than(module, {"sampler", "mlp_projector"})
+        if problem is None and like.explain().path != "fused":
+            problem = like.explain().reason
         if problem:
             return Found(problem)
         side, mlp = like._side, nn.Sequential(*tail.tiny(module.mlp_projector).values())
         stock = stand_in(module, {"sampler": module.sampler, "mlp_projector": mlp})
         problem = _differs(stock, cls, (side, 3), [(random_tokens(2, (side + 1) ** 2, 3),)])
-        what = f"average pooling to {side}x{side}, then MLP"
-        return Found(problem or what, _if(problem, cls), (side, like.mm_hidden_size))
+        if problem:
+            return Found(problem)
+        return Found(f"average pooling to {side}x{side}, MLP", cls, (side, like.mm_hidden_size))
 
-    def plan(self, x: torch.Tensor | None = None) -> Plan:
-        return self.explain(x)
+    @classmethod
+    def plan(cls, module: nn.Module) -> Plan:
+        return module.explain()
+
+    @classmethod
+    def owned(cls, module: nn.Module) -> tuple[nn.Module, ...]:
+        return tuple(module.modules())
 
 
-class PooledAfter(Swapped):
+class PooledAfter(Kind):
     """An MLP of two layers, then average pooling: pools in front of the second layer."""
 
-    def plan(self, x: torch.Tensor | None = None) -> Plan:
-        backend, seen = self.__dict__[ATTRIBUTE]
-        problem = self._pooling_problem()
-        last = problem or tail.read(self, seen[0])
-        if isinstance(last, str):
-            return Plan("eager", "stock", last)
-        like = last.linear.weight if x is None else x
-        return Plan(*choose(backend, like.device, like.dtype)[:1], "fused", "pools before linear_2")
-
-    def _pooling_problem(self) -> str | None:
-        kind = self.__dict__[ATTRIBUTE].seen[1]
-        if plain(self.pooling, kind):
-            return None
-        return f"pooling is {type(self.pooling).__name__}, or hooked"
-
-    def _last(self) -> tail.Tail | None:
-        """The tail of the MLP, if its weights may be read."""
-        last = tail.read(self, self.__dict__[ATTRIBUTE].seen[0])
-        return None if isinstance(last, str) or self._pooling_problem() else last
+    does: str
 
     @classmethod
     def find(cls, module: nn.Module) -> Found | None:
@@ -90,17 +84,38 @@ class PooledAfter(Swapped):
         last = problem or tail.read(module)
         if isinstance(last, str):
             return Found(last)
+        kind = next((kind for kind in (ByRatio, OfFrames) if kind.fits(module)), None)
+        if kind is None:
+            return Found(f"the pooling {type(module.pooling).__name__} is not known here")
         seen = tail.kinds(module), type(module.pooling)
         stock = stand_in(module, {**tail.tiny(module), "pooling": module.pooling})
-        for kind in (ByRatio, OfFrames):
-            if kind.fits(module):
-                problem = _differs(stock, kind, seen, kind.trials(module))
-                what = f"{kind.does}, in front of linear_2"
-                return Found(problem or what, _if(problem, kind), seen)
-        return Found(f"the pooling {type(module.pooling).__name__} is not known here")
+        problem = _differs(stock, kind, seen, kind.trials(module))
+        return Found(problem) if problem else Found(f"{kind.does}, before linear_2", kind, seen)
+
+    @classmethod
+    def plan(cls, module: nn.Module) -> Plan:
+        last = cls.last(module)
+        if isinstance(last, str):
+            return Plan("eager", "stock", last)
+        like = last.linear.weight
+        backend = choose(state(module).backend, like.device, like.dtype).backend
+        return Plan(backend, "fused", "pools before linear_2")
+
+    @classmethod
+    def owned(cls, module: nn.Module) -> tuple[nn.Module, ...]:
+        return tuple(module.modules())
+
+    @staticmethod
+    def last(module: nn.Module) -> tail.Tail | str:
+        """The tail of the MLP, or why its weights must not be read."""
+        kinds, pooling = state(module).seen
+        if not plain(module.pooling, pooling):
+            return f"pooling is {type(module.pooling).__name__}, or hooked"
+        return tail.read(module, kinds)
 
     @staticmethod
     def fits(module: nn.Module) -> bool:
+        """Whether this is the pooling that the kind knows."""
         raise NotImplementedError
 
     @staticmethod
@@ -123,20 +138,26 @@ class ByRatio(PooledAfter):
         for side in (2 * module.pooling.pooling_ratio, 3 * module.pooling.pooling_ratio + 1):
             yield (random_tokens(2, side * side, 3),)
 
-    def forward(self, *args, **kwargs):
-        """As the original class; takes tokens [B, h * h, K]."""
-        given = (*args, *kwargs.values())
-        last, stencil = self._last(), self._stencil(*given) if len(given) == 1 else None
-        if last is None or stencil is None:
-            return super().forward(*args, **kwargs)
-        return last.pooled(last.hidden(given[0]), stencil, self.__dict__[ATTRIBUTE].backend)
+    @classmethod
+    def methods(cls, original: type[nn.Module]) -> dict[str, Callable]:
+        def forward(self, *args, **kwargs):
+            last, given = cls.last(self), (*args, *kwargs.values())
+            stencil = None
+            if len(given) == 1 and not isinstance(last, str):
+                stencil = cls.stencil(given[0], self.pooling.pooling_ratio)
+            if stencil is None:
+                return original.forward(self, *args, **kwargs)
+            return last.pooled(last.hidden(given[0]), stencil, state(self).backend)
 
-    def _stencil(self, x: torch.Tensor) -> Stencil | None:
-        """None where the original class has to say what is wrong."""
+        return {"forward": forward}
+
+    @staticmethod
+    def stencil(x: torch.Tensor, ratio: int) -> Stencil | None:
+        """For tokens [B, h * h, K]; None where the original class has to say what is wrong."""
         if not isinstance(x, torch.Tensor) or x.dim() != 3:
             return None
         tokens = len(range(x.shape[1]))  # torch.compile: tokens are constant
-        side, ratio = math.isqrt(tokens), self.pooling.pooling_ratio
+        side = math.isqrt(tokens)
         if side * side != tokens or not 0 < ratio <= side:
             return None
         return Stencil.adaptive((side, side), (side // ratio, side // ratio))
@@ -162,40 +183,49 @@ class OfFrames(PooledAfter):
         if module.use_pooling and module.num_frames > 1:
             yield random_tokens(module.num_frames - 1, tokens, 3), "video", 1, 1
 
-    def forward(self, image_features, media_type, batch_size=None, num_videos=None):
-        """As the original class; takes frames [videos * frames, h * w, K]."""
-        last = self._last()
-        layout = last and self._layout(image_features, media_type, batch_size, num_videos)
-        if layout is None:
-            return super().forward(image_features, media_type, batch_size, num_videos)
-        # Frames are repeated behind the first layer: it need not see one of them twice.
-        z, (total, videos, stencil) = last.hidden(image_features), layout
-        if media_type == "image":
-            z = z.repeat(self.num_frames, 1, 1)
-        elif total > z.shape[0]:
-            z = z.repeat_interleave(self.num_frames // z.shape[0] + 1, dim=0)[:total]
-        z = z.reshape(videos, -1, z.shape[-1])
-        return last.pooled(z, stencil, self.__dict__[ATTRIBUTE].backend)
+    @classmethod
+    def methods(cls, original: type[nn.Module]) -> dict[str, Callable]:
+        def forward(self, image_features, media_type, batch_size=None, num_videos=None):
+            last = cls.last(self)
+            layout = None
+            if not isinstance(last, str):
+                layout = cls.layout(self, image_features, media_type, batch_size, num_videos)
+            if layout is None:
+                return original.forward(self, image_features, media_type, batch_size, num_videos)
+            # Frames are repeated behind the first layer: it need not see one of them twice.
+            z, (total, videos, stencil) = last.hidden(image_features), layout
+            if media_type == "image":
+                z = z.repeat(self.num_frames, 1, 1)
+            elif total > z.shape[0]:
+                z = z.repeat_interleave(self.num_frames // z.shape[0] + 1, dim=0)[:total]
+            z = z.reshape(videos, -1, z.shape[-1])
+            return last.pooled(z, stencil, state(self).backend)
 
-    def _layout(
-        self, x: torch.Tensor, media_type: str, batch_size: int, num_videos: int
+        return {"forward": forward}
+
+    @staticmethod
+    def layout(
+        module: nn.Module, x: torch.Tensor, media_type: str, batch_size: int, num_videos: int
     ) -> tuple[int, int, Stencil] | None:
-        """Frames, videos and their pooling; None where the original class has to complain."""
+        """Frames, videos and pooling of x [frames, h * w, K].
+
+        None where the original class has to say what is wrong.
+        """
         if not isinstance(x, torch.Tensor) or x.dim() != 3 or media_type not in ("video", "image"):
             return None
         if type(batch_size) is not int or type(num_videos) is not int:
             return None
-        (h, w), total, videos = self.frame_shape, x.shape[0], batch_size * num_videos
+        (h, w), total, videos = module.frame_shape, x.shape[0], batch_size * num_videos
         if media_type == "image":
-            total *= self.num_frames
-        elif 0 < total < self.num_frames and self.use_pooling:
-            total = self.num_frames
-        if videos < 1 or not total or total % self.num_frames or total % videos:
+            total *= module.num_frames
+        elif 0 < total < module.num_frames and module.use_pooling:
+            total = module.num_frames
+        if videos < 1 or not total or total % module.num_frames or total % videos:
             return None
         if h * w != x.shape[1]:
             return None
         grid = (total // videos, h, w)
-        size = self.pooling.output_size
+        size = module.pooling.output_size
         size = (size,) * 3 if isinstance(size, int) else size
         target = tuple(n if s is None else s for n, s in zip(grid, size, strict=True))
         return total, videos, Stencil.adaptive(grid, target)
@@ -222,7 +252,9 @@ def _not_average(pooling: nn.Module) -> str | None:
     return None
 
 
-def _differs(stock: nn.Module, kind: type[Swapped], seen: object, trials) -> str | None:
+def _differs(
+    stock: nn.Module, kind: type[Kind], seen: object, trials: Iterable[tuple]
+) -> str | None:
     """How the class's own forward differs from ours; tried out with few channels."""
     ours = as_fused(stock, kind, seen)
     for arguments in trials:
@@ -232,7 +264,3 @@ def _differs(stock: nn.Module, kind: type[Swapped], seen: object, trials) -> str
             if problem:
                 return f"its forward is not the one known here: {problem}"
     return None
-
-
-def _if(problem: str | None, kind: type[Swapped]) -> type[Swapped] | None:
-    return None if problem else kind

@@ -3,7 +3,7 @@
 import copyreg
 from collections import OrderedDict
 from collections.abc import Callable
-from functools import cache
+from functools import cache, wraps
 from typing import Any, NamedTuple
 
 import torch
@@ -11,7 +11,7 @@ from torch import nn
 
 from ..projector import Plan
 
-ATTRIBUTE = "_deco_kernels"
+ATTRIBUTE = "_deco_kernels"  # of a fused module: its State
 
 
 class State(NamedTuple):
@@ -28,17 +28,18 @@ class Found(NamedTuple):
     """
 
     what: str
-    kind: "type[Swapped] | None" = None
+    kind: "type[Kind] | None" = None
     seen: Any = None
     owned: tuple[nn.Module, ...] = ()
 
 
-class Swapped:
-    """In front of a module's own class: the fused methods, which fall back on its own.
+class Kind:
+    """How modules of one kind are known and fused. Not itself in their classes.
 
-    Only the class of the object changes. So parameters, buffers, hooks, state-dict keys and
-    references to it stay what they are.
+    For code asks modules for names such as ``module``: they get no method that they did not have.
     """
+
+    bases: tuple[type, ...] = ()
 
     @classmethod
     def find(cls, module: nn.Module) -> Found | None:
@@ -46,17 +47,27 @@ class Swapped:
         raise NotImplementedError
 
     @classmethod
-    def methods(cls, original: type[nn.Module]) -> dict[str, Any]:
-        """Methods that depend on the original class."""
+    def methods(cls, original: type[nn.Module]) -> dict[str, Callable]:
+        """The fused methods, which fall back on those of the original class."""
         return {}
 
-    def owned(self) -> tuple[nn.Module, ...]:
-        """Modules of which nothing more is to be said."""
-        return tuple(self.modules())
-
-    def plan(self, x: torch.Tensor | None = None) -> Plan:
-        """Which way the next call takes; ``x`` is its input."""
+    @classmethod
+    def plan(cls, module: nn.Module) -> Plan:
+        """Which way the next call of a fused module takes."""
         raise NotImplementedError
+
+    @classmethod
+    def owned(cls, module: nn.Module) -> tuple[nn.Module, ...]:
+        """Modules in a fused one of which nothing more is to be said."""
+        return ()
+
+
+class Swapped:
+    """In front of a module's own class.
+
+    Only the class of the object changes. So parameters, buffers, hooks, state-dict keys and
+    references to it stay what they are.
+    """
 
     def _get_name(self) -> str:
         return f"Fused{super()._get_name()}"
@@ -64,33 +75,39 @@ class Swapped:
     def __reduce_ex__(self, protocol: int) -> tuple:
         # The class was made at run time: a copy makes it again from the original one.
         function, arguments, *state = super().__reduce_ex__(max(protocol, 2))
-        if function is copyreg.__newobj__:
-            made = next(c for c in type(self).__mro__ if "deco_kind" in c.__dict__)
-            if arguments[0] is made:
-                return _again, (made.deco_kind, made.deco_original, *arguments[1:]), *state
+        if function is copyreg.__newobj__ and "deco_kind" in arguments[0].__dict__:
+            made, *more = arguments
+            return _again, (made.deco_kind, made.deco_original, *more), *state
         return function, arguments, *state
 
 
-def _again(kind: type[Swapped], original: type[nn.Module], *arguments: object) -> nn.Module:
+def _again(kind: type[Kind], original: type[nn.Module], *arguments: object) -> nn.Module:
     made = fused_class(kind, original)
     return made.__new__(made, *arguments)
 
 
 @cache
-def fused_class(kind: type[Swapped], original: type[nn.Module]) -> type[nn.Module]:
+def fused_class(kind: type[Kind], original: type[nn.Module]) -> type[nn.Module]:
     """The one subclass of ``original`` with the methods of ``kind``."""
     body = {"deco_kind": kind, "deco_original": original, "__doc__": original.__doc__}
-    return subclass(original, kind, body | kind.methods(original))
+    for name, method in kind.methods(original).items():
+        body[name] = wraps(getattr(original, name))(method)
+    return subclass(original, (Swapped, *kind.bases), body)
 
 
-def subclass(original: type, mixin: type, body: dict[str, Any]) -> type:
+def subclass(original: type, mixins: tuple[type, ...], body: dict[str, Any]) -> type:
     """A subclass under the original's name: configurations and wrapping policies write it down."""
     names = {"__module__": original.__module__, "__qualname__": original.__qualname__}
-    return type(original)(original.__name__, (mixin, original), names | body)
+    return type(original)(original.__name__, (*mixins, original), names | body)
 
 
-def is_fused(module: nn.Module) -> bool:
-    return isinstance(module, Swapped)
+def kind_of(module: nn.Module) -> type[Kind] | None:
+    """The kind of a fused module; None if it is not fused."""
+    return getattr(type(module), "deco_kind", None)
+
+
+def state(module: nn.Module) -> State:
+    return module.__dict__[ATTRIBUTE]
 
 
 def swap(module: nn.Module, found: Found, backend: str) -> None:
@@ -118,7 +135,7 @@ def stand_in(module: nn.Module, children: dict[str, nn.Module]) -> nn.Module:
     return made
 
 
-def as_fused(stood: nn.Module, kind: type[Swapped], seen: Any) -> nn.Module:
+def as_fused(stood: nn.Module, kind: type[Kind], seen: Any) -> nn.Module:
     """The same stand-in, fused."""
     made = stand_in(stood, stood._modules)
     swap(made, Found("", kind, seen), "eager")
