@@ -2,6 +2,7 @@
 
 import copy
 import io
+import operator
 import pickle
 
 import pytest
@@ -9,10 +10,8 @@ import torch
 from fuse_kinds import (
     KINDS,
     Called,
-    Kind,
     changes,
     computes,
-    images,
     kinds,
     pair,
     projecting,
@@ -66,6 +65,14 @@ def test_module_stays_the_same_object(kind):
 
 
 @kinds
+def test_no_other_name_is_added(kind):
+    """Libraries ask a model for attributes such as ``module`` and act on them."""
+    stock, fused = pair(kind)
+    added = set(dir(fused)) - set(dir(stock)) - set(dir(FusedAvgPoolProjector(1, 1, 1, 1)))
+    assert added == {"_deco_kernels", "deco_kind", "deco_original"}
+
+
+@kinds
 def test_idempotent_and_reversible(kind):
     stock, fused = pair(kind)
     once = type(fused)
@@ -81,6 +88,14 @@ def test_idempotent_and_reversible(kind):
     assert not unfuse(fused).replaced
     fuse(fused)
     assert type(fused) is once
+
+
+@kinds
+def test_a_shallow_copy_shares_its_parameters(kind):
+    _, fused = pair(kind)
+    other = copy.copy(fused)
+    assert type(other) is type(fused)
+    assert all(map(operator.is_, other.parameters(), fused.parameters()))
 
 
 @kinds
@@ -159,13 +174,10 @@ def test_partitioned_parameters_are_not_read():
     assert torch.equal(fused(x), stock(x))
 
 
-@kinds
-def test_hooks_of_the_module_itself_fire(kind):
+@pytest.mark.parametrize("name", ["seed", "perception", "pllava", "llava, average", "encoder"])
+def test_hooks_of_the_module_itself_fire(name):
+    kind = KINDS[name]
     _, fused = pair(kind)
-    if kind.call not in (Kind._field_defaults["call"], images) and not isinstance(
-        fused, PllavaProjector
-    ):
-        pytest.skip("its method is called, not itself")
     seen = []
     fused.register_forward_pre_hook(lambda m, a: seen.append("before"))
     fused.register_forward_hook(lambda m, a, y: seen.append("behind"))

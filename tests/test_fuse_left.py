@@ -89,6 +89,16 @@ def with_layer(module, name):
     return module
 
 
+def with_method(module):
+    module.encode_multimodals = module.encode_multimodals
+    return module
+
+
+class Final(PerceptionProjector):
+    def __init_subclass__(cls, **kwargs):
+        raise TypeError("no")
+
+
 def overridden():
     module = PerceptionProjector()
     module.forward = lambda x: x
@@ -130,6 +140,11 @@ LEFT = {
     ),
     "other encoder": (OtherTower, "its forward is not the one known here"),
     "other unshuffle": (OtherUnshuffle, "its pixel_unshuffle is not the one known here"),
+    "llava, replaced method": (
+        lambda: with_method(LlavaLike()),
+        "encode_multimodals is replaced on the instance",
+    ),
+    "no subclass": (Final, "its class cannot be extended: no"),
     "unknown": (FancyProjector, "it is not built like a pooled projector known here"),
 }
 
@@ -196,6 +211,58 @@ def test_the_view_leaves_the_model_as_it_is():
     assert fused.shape == stock.shape
     assert fused.get_model() is fused.model
     assert type(fused.model.mm_projector) is nn.Sequential
+
+
+def in_place(features):
+    features += 1
+    features.mul_(2)
+    return features
+
+
+TOUCHES = {
+    "nothing": lambda f: f,
+    "index": lambda f: f[:],
+    "iterate": lambda f: torch.stack(list(f)),
+    "concatenate": lambda f: torch.cat([f[:2], *f[2:].split(1)]),
+    "stack": lambda f: torch.stack([f, f])[0],
+    "in place": in_place,
+    "arithmetic": lambda f: 2 * f - f / 3 + 1,
+    "matmul": lambda f: f @ torch.eye(12),
+    "compare": lambda f: f * (f > 0),
+    "function": lambda f: torch.nn.functional.normalize(f, dim=-1),
+    "split channels": lambda f: torch.cat(torch.split(f, 5, dim=-1), -1),
+    "split twice": lambda f: torch.cat([*f.split(2)[:2], f.split([4, 2])[1]]),
+    "shape": lambda f: f.view(*f.shape[:2], -1) * len(f),
+    "cast": lambda f: f.to(torch.float64).float(),
+    "detach": lambda f: f.detach(),
+}
+
+
+class Touching(LlavaLike):
+    touch = "nothing"
+
+    def encode_images(self, images):
+        features = self.get_model().mm_projector(images)
+        assert isinstance(features, torch.Tensor)
+        assert torch.is_tensor(features)
+        return TOUCHES[self.touch](features)
+
+
+@pytest.mark.parametrize("touch", TOUCHES)
+def test_what_a_model_does_before_it_pools_is_done(touch):
+    stock = Touching()
+    stock.touch = touch
+    fused = copy.deepcopy(stock)
+    assert [*fuse(fused).replaced] == [""]
+    x = torch.randn(6, 49, 8)
+    torch.testing.assert_close(videos(fused, x), videos(stock, x))
+
+
+def test_in_a_compiled_graph_a_model_runs_its_own_code():
+    stock, fused = pair(KINDS["llava, average"])
+    x = torch.randn(6, 49, 8)
+    compiled = torch.compile(lambda x: videos(fused, x), fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(x), videos(stock, x))
 
 
 def test_class_changed_again_is_left_by_unfuse():

@@ -9,7 +9,7 @@ from ..backends import check_backend
 from ..plain import hooked_globally
 from ..projector import Plan
 from . import models, packed, projectors
-from .swap import Found, kind_of, swap, swap_back
+from .swap import FinalClass, Found, fused_class, kind_of, swap, swap_back
 
 __all__ = ["Fusion", "explain", "fuse", "unfuse"]
 
@@ -124,7 +124,12 @@ def _find(module: nn.Module) -> Found | None:
         return Found("it is fused already", owned=kind.owned(module))
     inside = tuple(module.modules())
     for kind in (*PROJECTORS, *MODELS):
-        found = kind.find(module)
+        try:
+            found = kind.find(module)
+            if found is not None and found.kind is not None:
+                fused_class(found.kind, type(module))
+        except FinalClass as error:
+            found = Found(str(error))
         if found is None:
             continue
         problem = None

@@ -35,9 +35,8 @@ class PooledByModel(Kind):
 
     @classmethod
     def _entry(cls, original: type[nn.Module], name: str) -> Callable:
-        stock = getattr(original, name)
-
         def entry(self, *args, **kwargs):
+            stock = getattr(original, name)
             last = cls.last(self)
             if isinstance(last, str) or torch.compiler.is_compiling():  # Dynamo knows no views
                 return stock(self, *args, **kwargs)
@@ -110,8 +109,9 @@ class PooledByModel(Kind):
     def _pool_problem(cls, model: nn.Module) -> str | None:
         """How the pooling method differs from ours, on tokens of 3 channels."""
         stock = getattr(type(model), cls.pool)
-        if cls.pool in model.__dict__:
-            return f"{cls.pool} is replaced on the instance"
+        for name in (cls.pool, *cls.entries):
+            if name in model.__dict__:
+                return f"{name} is replaced on the instance"
         try:
             for tokens, *arguments in cls.trials(model):
                 stencil = cls.stencil(model, stock, tokens, *arguments, mode=cls.mode(model))
@@ -166,7 +166,7 @@ class Llava(PooledByModel):
 
     @staticmethod
     def mode(model: nn.Module) -> str | None:
-        return getattr(model.config, "mm_spatial_pool_mode", None)
+        return getattr(getattr(model, "config", None), "mm_spatial_pool_mode", None)
 
     @staticmethod
     def trials(model: nn.Module) -> Iterator[tuple]:

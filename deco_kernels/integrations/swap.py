@@ -33,6 +33,10 @@ class Found(NamedTuple):
     owned: tuple[nn.Module, ...] = ()
 
 
+class FinalClass(Exception):
+    """There can be no subclass of a class."""
+
+
 class Kind:
     """How modules of one kind are known and fused. Not itself in their classes.
 
@@ -88,11 +92,18 @@ def _again(kind: type[Kind], original: type[nn.Module], *arguments: object) -> n
 
 @cache
 def fused_class(kind: type[Kind], original: type[nn.Module]) -> type[nn.Module]:
-    """The one subclass of ``original`` with the methods of ``kind``."""
+    """The one subclass of ``original`` with the methods of ``kind``.
+
+    Raises:
+        FinalClass: there can be none.
+    """
     body = {"deco_kind": kind, "deco_original": original, "__doc__": original.__doc__}
     for name, method in kind.methods(original).items():
         body[name] = wraps(getattr(original, name))(method)
-    return subclass(original, (Swapped, *kind.bases), body)
+    try:
+        return subclass(original, (Swapped, *kind.bases), body)
+    except TypeError as error:  # a metaclass or a layout that forbids it
+        raise FinalClass(f"its class cannot be extended: {error}") from error
 
 
 def subclass(original: type, mixins: tuple[type, ...], body: dict[str, Any]) -> type:
