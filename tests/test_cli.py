@@ -64,7 +64,7 @@ def table_of(*steps, notes=()):
 def test_help_names_every_command():
     run = python("-m", "deco_kernels", "--help")
     assert run.returncode == 0
-    for command in ("info", "check", "compile", "predict", "demo"):
+    for command in ("info", "check", "compile", "predict", "demo", "report"):
         assert re.search(rf"^ +{command} +\w", run.stdout, re.M)
 
 
@@ -83,6 +83,7 @@ def test_help_names_every_command():
             ],
         ),
         ("demo", ["--out", "--steps", "--seed", "--device", "--backend"]),
+        ("report", ["--out"]),
     ],
 )
 def test_help_of_a_command_names_its_flags(command, flags, capsys):
