@@ -149,7 +149,11 @@ def main() -> None:
     if not re.search(f"{BEGIN}.*{END}", text, re.S):
         raise SystemExit(f"README.md has no region between {BEGIN.strip()} and {END}")
     head, _, rest = text.partition(BEGIN)
-    README.write_text(f"{head}{BEGIN}{region()}{END}{rest.partition(END)[2]}")
+    try:
+        new = region()
+    except (KeyError, ValueError, OSError) as error:
+        raise SystemExit(f"{RESULTS} holds no whole report, run it again: {error!r}") from error
+    README.write_text(f"{head}{BEGIN}{new}{END}{rest.partition(END)[2]}")
 
 
 if __name__ == "__main__":

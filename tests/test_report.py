@@ -244,11 +244,12 @@ def test_of_a_progress_bar_the_last_state_is_kept():
 
 def test_a_folder_with_other_things_is_refused(tmp_path, capsys):
     (tmp_path / "thesis.tex").write_text("years of work")
+    (tmp_path / "report.md").write_text("# My report\n")
     assert main(["report", "--out", str(tmp_path)]) == 2
     assert "out must be a new or empty folder, or hold an earlier report" in capsys.readouterr().err
     assert main(["report", "--out", str(tmp_path / "thesis.tex")]) == 2
     assert "out must be a folder, got the file" in capsys.readouterr().err
-    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+    assert {path.name for path in tmp_path.iterdir()} == {"thesis.tex", "report.md"}
 
 
 def test_an_earlier_report_is_replaced_and_nothing_else(fake, tmp_path):

@@ -236,7 +236,7 @@ def _predicted(output: str, results: Results) -> list[str]:
         return []
     head = [name.replace("_us", ", µs").replace("_", " ") for name in results.predicted[0]]
     text = "With the shipped tiles. Other tiles: [predicted.csv](predicted.csv); what is assumed:"
-    return ["", *table(head, rows), "", f"{text} [predict.txt](predict.txt)."]
+    return ["", *table(head, rows, left=2), "", f"{text} [predict.txt](predict.txt)."]
 
 
 _BODIES: dict[str, Callable[[str, Results], list[str]]] = {

@@ -65,13 +65,13 @@ def plan(on_gpu: bool) -> list[Step]:
     own, tune_limit = "deco_kernels", 90 if on_gpu else 30
     counted = ("tests/test_model.py", "tests/test_traffic.py")
     plain = [
-        Step("info", "Machine", (own, "info"), 20),
+        Step("info", "Machine", (own, "info"), 15),
         Step("check", "Right or wrong", (own, "check"), 60),
         Step(
             "gpu_tests",
             "Tests on the GPU",
             ("pytest", "tests", "-m", "gpu and not slow", *_QUIET),
-            120,
+            150,
             no_gpu or tests,
         ),
         Step(
@@ -83,7 +83,7 @@ def plan(on_gpu: bool) -> list[Step]:
         ),
         Step("tune", "Tune", (own, "tune") if on_gpu else (own, "tune", "--dry-run"), tune_limit),
     ]
-    predicted = Step("predict", "Predicted", (own, "predict"), 20)
+    predicted = Step("predict", "Predicted", (own, "predict"), 15)
     return [*plain, *_benchmarks(on_gpu), predicted]
 
 
@@ -96,8 +96,8 @@ def _not_here(folder: str) -> str | None:
 def _benchmarks(on_gpu: bool) -> list[Step]:
     """In pieces: pytest-benchmark writes its file at the end, so a crash loses one piece only."""
     if on_gpu:
-        speed = [(shape, f"{shape} and {GPU_SELECTED}", 50) for shape in GPU_SHAPES]
-        others = [("memory", GPU_MEMORY, 45), ("projector", "", 25)]
+        speed = [(shape, f"{shape} and {GPU_SELECTED}", 45) for shape in GPU_SHAPES]
+        others = [("memory", GPU_MEMORY, 40), ("projector", "", 20)]
     else:
         speed = [(shape, shape, limit) for shape, limit in CPU_SHAPES.items()]
         others = [("memory", "", 85), ("projector", "", 40)]

@@ -38,7 +38,7 @@ def run(out: Path) -> int:
         report = _Report(out, Path(scratch), {step: Outcome.before(step) for step in steps})
         try:
             for step in steps:
-                bar.set_description(f"{step.title}, at most {step.limit} s")
+                bar.set_description(step.title)
                 report.take(step)
                 bar.update()
             bar.set_description("all steps")
