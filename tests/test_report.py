@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -20,12 +21,19 @@ from deco_kernels.tuning.predict import report as predicted_times
 
 # A command that does what it is told.
 FAKE = """
-import pathlib, sys, time
+import pathlib, subprocess, sys, time
 what, *rest = sys.argv[1:]
 print(*rest, flush=True)
 if what == "fail":
     sys.exit(3)
 if what == "sleep":
+    time.sleep(60)
+if what == "nap":
+    time.sleep(2)
+if what == "spawn":
+    with open(rest[0], "w") as file:
+        code = "import time; time.sleep(60)"
+        subprocess.Popen([sys.executable, "-c", code], pass_fds=[file.fileno()])
     time.sleep(60)
 if what == "measure":
     source, target = map(pathlib.Path, rest)
@@ -135,6 +143,22 @@ def test_a_step_is_stopped_at_its_limit_and_keeps_what_it_wrote(fake, tmp_path):
     assert "| Step info | failed: stopped after 1 s, its limit |" in text
     assert (tmp_path / "out" / "info.txt").read_text().startswith("begun\n")
     assert (tmp_path / "out" / "check.txt").read_text() == "later\n"
+
+
+def test_what_a_step_leaves_of_its_limit_is_the_next_ones(fake, tmp_path):
+    fake(step("info", "say", limit=60), step("check", "nap", limit=1))
+    assert runner.run(tmp_path / "out") == 0
+
+
+def test_a_step_that_is_stopped_takes_its_own_processes_along(fake, tmp_path):
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+    reader = threading.Thread(target=fifo.read_bytes, daemon=True)  # until nobody writes any more
+    reader.start()
+    fake(step("info", "spawn", str(fifo), limit=3))
+    assert runner.run(tmp_path / "out") == 1
+    reader.join(20)
+    assert not reader.is_alive()
 
 
 def test_results_that_cannot_be_read_are_a_failure(fake, tmp_path):
