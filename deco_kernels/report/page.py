@@ -56,15 +56,17 @@ def table(head: Sequence[str], rows: Iterable[Sequence[object]], left: int = 1) 
     return [f"| {' | '.join(line)} |" for line in cells]
 
 
-def render(verdict: str, outcomes: Outcomes, results: Results, pictures: Pictures) -> str:
-    """The whole page."""
+def render(
+    verdict: str, load: str, outcomes: Outcomes, results: Results, pictures: Pictures
+) -> str:
+    """The whole page; ``load`` says how busy the machine was."""
     now = datetime.datetime.now(datetime.timezone.utc)
     lines = [TITLE, "", f"**{verdict[0].upper()}{verdict[1:]}.** Written {now:%Y-%m-%d %H:%M} UTC."]
     wanted = "deco_kernels", "python", "torch", "triton", "CUDA"
     versions = [f"{name} {results.info[name]}" for name in wanted if name in results.info]
     devices = [text for name, text in results.info.items() if name.startswith("device ")]
     if devices:
-        lines += ["", f"Device: {devices[0]}. Versions: {'; '.join(versions)}."]
+        lines += ["", f"Device: {devices[0]}; {load}. Versions: {'; '.join(versions)}."]
     lines += ["", *_summary(outcomes)]
     if pictures.missing or pictures.error:
         lines += ["", f"Not drawn: {pictures.missing or pictures.error}."]

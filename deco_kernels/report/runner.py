@@ -1,5 +1,6 @@
 """In which order? Step after step, and after each of them the report is written anew."""
 
+import os
 import sys
 import tempfile
 from dataclasses import dataclass, field
@@ -64,6 +65,11 @@ def _claim(out: Path, steps: list[Step]) -> None:
         (out / name).unlink(missing_ok=True)
 
 
+def _load() -> str:
+    """How busy the machine is before it has anything of ours to do: times depend on it."""
+    return f"{os.cpu_count()} CPU cores, load average {os.getloadavg()[0]:.1f} at the start"
+
+
 @dataclass
 class _Report:
     out: Path
@@ -72,6 +78,7 @@ class _Report:
     results: Results = field(default_factory=Results)
     pictures: Pictures = field(default_factory=Pictures)
     interrupted: bool = False
+    load: str = field(default_factory=_load)
     spare: float = 0.0  # seconds that the steps so far left of their limits
 
     def take(self, step: Step) -> None:
@@ -131,7 +138,7 @@ class _Report:
         if self.interrupted:
             for each in self.outcomes.values():
                 each.interrupt()
-        text = page.render(self.verdict(), self.outcomes, self.results, self.pictures)
+        text = page.render(self.verdict(), self.load, self.outcomes, self.results, self.pictures)
         write(self.out / REPORT, self._scrub(text))
 
     def _scrub(self, text: str) -> str:
