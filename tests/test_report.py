@@ -237,6 +237,20 @@ def test_all_limits_together_are_what_is_promised(on_gpu, minutes):
     assert set(page.SECTIONS) <= sections
 
 
+def test_what_a_cpu_only_plans_says_so(fake, tmp_path):
+    steps = {on_gpu: {each.name: each for each in plan(on_gpu)} for on_gpu in (True, False)}
+    assert steps[True]["tune"].command == ("deco_kernels", "tune")
+    planned = steps[False]["tune"]
+    assert planned.command[-1] == "--dry-run"
+    fake(Step("tune", planned.title, ("fake", "say", "the plan"), 60))
+    runner.run(tmp_path / "out")
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert "## Tune: not measured here, this is the plan\n" in text
+    assert "```\nthe plan\n```" in text
+    assert steps[False]["gpu_tests"].reason == "no CUDA device"
+    assert steps[True]["gpu_tests"].reason is None
+
+
 def test_the_step_of_the_gpu_finds_tests():
     (command,) = (each.command for each in plan(on_gpu=True) if each.name == "gpu_tests")
     run = subprocess.run(

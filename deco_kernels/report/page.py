@@ -16,7 +16,7 @@ SECTIONS = {  # by the step, or by what its name begins with
     "check": "Right or wrong: output and every gradient against float64",
     "gpu_tests": "Tests on the GPU",
     "counts": "Counted without a GPU: the cost model beside the executed PTX",
-    "tune": "Tune",
+    "tune": "",  # the step's own title says whether this is a plan only
     "speed": "Measured: time beside eager's",
     "memory": "Measured: bytes kept for backward",
     "projector": "Measured: the fused projector beside the plain one, as the host sees it",
@@ -74,6 +74,7 @@ def render(
         chosen = {s: each for s, each in outcomes.items() if s.name.partition("_")[0] == name}
         chosen = chosen or {s: each for s, each in outcomes.items() if s.name == name}
         if chosen:
+            title = title or next(iter(chosen)).title
             lines += ["", f"## {title}", "", *_outcomes(chosen)]
             lines += _BODIES[name]("\n".join(o.output for o in chosen.values()), results)
             lines += [line for each in pictures.of(name) for line in ("", f"![{title}]({each})")]
@@ -120,10 +121,6 @@ def _check(output: str, results: Results) -> list[str]:
 def _passed(output: str) -> list[str]:
     found = re.findall(r"^\d+ \w+.* in .*s.*$", output, re.M)
     return ["", f"{found[-1]}."] if found else []
-
-
-def _tests(output: str, results: Results) -> list[str]:
-    return _passed(output)
 
 
 def _counts(output: str, results: Results) -> list[str]:
@@ -244,7 +241,7 @@ def _predicted(output: str, results: Results) -> list[str]:
 _BODIES: dict[str, Callable[[str, Results], list[str]]] = {
     "info": _all_of_it,
     "check": _check,
-    "gpu_tests": _tests,
+    "gpu_tests": lambda output, results: _passed(output),
     "counts": _counts,
     "tune": _all_of_it,
     "speed": _speed,
