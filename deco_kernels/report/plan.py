@@ -106,8 +106,8 @@ def _benchmarks(on_gpu: bool) -> list[Step]:
     else:
         speed = [(shape, shape, limit) for shape, limit in CPU_SHAPES.items()]
         others = [("memory", "", 85), ("projector", "", 40)]
-    steps = [_benchmark(f"speed_{name}", f"speed, {name}", *rest) for name, *rest in speed]
-    steps += [_benchmark(name, name, *rest) for name, *rest in others]
+    steps = [_benchmark(name, name, *rest) for name, *rest in others]
+    steps += [_benchmark(f"speed_{name}", f"speed, {name}", *rest) for name, *rest in speed]
     return steps
 
 
