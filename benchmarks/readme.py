@@ -78,8 +78,8 @@ def projector() -> str:
     return paragraph(
         "One LLaVA-1.5 image, 144 or 64 tokens, frozen or trained tower, 10 rounds each: a step",
         f"takes {min(steps):.2f} to {max(steps):.2f} of the plain projector's time. A forward of",
-        f"tiny tensors, all of it host time, takes {fused:.0f} µs, about {fused / (fused - more):.1f}",
-        "times the plain one's.",
+        f"tiny tensors, all of it host time, takes {fused:.0f} µs, about",
+        f"{fused / (fused - more):.1f} times the plain one's.",
     )
 
 

@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
-GRACE = 5.0  # seconds that a process has to write down what it has, once it is told to stop
+GRACE = 10.0  # seconds that a process has to write down what it has, once it is told to stop
 
 
 class Ended(NamedTuple):

@@ -79,7 +79,7 @@ class _Report:
     pictures: Pictures = field(default_factory=Pictures)
     interrupted: bool = False
     load: str = field(default_factory=_load)
-    spare: float = 0.0  # seconds that the steps so far left of their limits
+    spare: float = 0.0  # seconds that the steps so far left of their limits, or overdrew
 
     def take(self, step: Step) -> None:
         """Run ``step``, unless there is a reason not to."""
@@ -93,7 +93,7 @@ class _Report:
         try:
             limit = step.limit + self.spare
             ended = process.run(command, log, limit, checkout())
-            outcome.seconds, self.spare = ended.seconds, max(0.0, limit - ended.seconds)
+            outcome.seconds, self.spare = ended.seconds, limit - ended.seconds
             outcome.state = "done" if ended.code == 0 else "failed"
             if ended.code is None:
                 outcome.note = f"stopped after {limit:.0f} s, its limit"
