@@ -110,6 +110,12 @@ def _demo(options: dict[str, Any]) -> int:
     return 0
 
 
+def _report(options: dict[str, Any]) -> int:
+    from .report import run
+
+    return run(**options)
+
+
 def _archs(text: str) -> list[int]:
     try:
         return [int(arch) for arch in text.split(",")]
@@ -179,6 +185,10 @@ def _parser() -> argparse.ArgumentParser:
     added.add_argument("--steps", type=int)
     added.add_argument("--seed", type=int)
     where(added)
+    text = "all of it here, in one report: right, fast, lean; minutes"
+    added = command("report", _report, text)
+    help_out = "a folder to make, or of an earlier report, whose files are then replaced"
+    added.add_argument("--out", type=Path, required=True, metavar="DIR", help=help_out)
     return parser
 
 

@@ -36,15 +36,15 @@ MACHINES = [
     ("triton", "interpreter"),
     ("triton", "sm80"),
     ("triton", "sm90"),
-    ("triton", "gpu"),
+    pytest.param(("triton", "gpu"), marks=pytest.mark.gpu),
     ("composed", "interpreter"),
     ("composed", "sm80"),
-    ("composed", "gpu"),
+    pytest.param(("composed", "gpu"), marks=pytest.mark.gpu),
     ("cuda", "host"),
     ("cuda", "sm80"),
     pytest.param(("cuda", "sm75"), marks=pytest.mark.slow),
     pytest.param(("cuda", "sm90"), marks=pytest.mark.slow),  # nvcc's PTX differs little
-    ("cuda", "gpu"),
+    pytest.param(("cuda", "gpu"), marks=pytest.mark.gpu),
 ]
 INTERPRETING = triton.knobs.runtime.interpret
 
