@@ -111,6 +111,18 @@ def predicted() -> str:
     return table(["", *(row["chip"] for row in shipped)], lines)
 
 
+def decisions() -> str:
+    """What "auto" takes for forward and backward, by number of images and chip."""
+    found: dict[str, list[str]] = {}
+    for row in rows("auto.csv"):
+        ways = row["forward_auto"], row["backward_auto"]
+        cell = ways[0] if ways[0] == ways[1] else " / ".join(ways)
+        cell = cell if cell == "fused" else f"**{cell}**"
+        found.setdefault(f"{row['images']} images", []).append(cell)
+    chips = dict.fromkeys(row["chip"] for row in rows("auto.csv"))
+    return table(["", *chips], [[name, *cells] for name, cells in found.items()])
+
+
 def region() -> str:
     """What stands between the two marks."""
     some = rows("speed.csv")[0]
@@ -142,6 +154,12 @@ bytes, sectors and tensor-core instructions that it works with are those of the 
 clock from L2 to each SM:
 
 {predicted()}
+
+**Where fusion does not pay**, by the same model, for images of 576 → 144 tokens and two layers,
+1024 → 4096 → 4096 channels, forward of the first / backward of the second where they differ;
+"composed" is our pool, cuBLAS, and one elementwise kernel, and `backend="auto"` takes it there:
+
+{decisions()}
 
 """
 

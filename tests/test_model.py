@@ -15,9 +15,10 @@ from deco_kernels.kernels.launch import Config
 from deco_kernels.tuning import config_for
 from deco_kernels.tuning.chips import CHIPS
 from deco_kernels.tuning.model import Shape, Traffic, counts
-from deco_kernels.tuning.predict import GAIN, Assumptions, Predictor, holding, report
+from deco_kernels.tuning.predict import Assumptions, Predictor
 from deco_kernels.tuning.rank import candidates
 from deco_kernels.tuning.table import override
+from deco_kernels.tuning.tables import GAIN, holding, report
 
 COMPILED = pytest.mark.skipif(triton.knobs.runtime.interpret, reason="needs compiled kernels")
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32

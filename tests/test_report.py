@@ -17,7 +17,7 @@ from deco_kernels.__main__ import main
 from deco_kernels.report import collect, page, plots, process, runner
 from deco_kernels.report import plan as plans
 from deco_kernels.report.plan import Step, checkout, plan
-from deco_kernels.tuning.predict import report as predicted_times
+from deco_kernels.tuning.tables import report as predicted_times
 
 # A command that does what it is told.
 FAKE = """

@@ -33,13 +33,14 @@ class Results:
 
     FILES = (
         *("speed.csv", "memory.csv", "projector.csv", "counts.csv", "launches.csv"),
-        *("predicted.csv", "benchmarks.json"),
+        *("predicted.csv", "auto.csv", "benchmarks.json"),
     )
     info: dict[str, str] = field(default_factory=dict)
     benchmarks: list[Row] = field(default_factory=list)
     counts: list[Row] = field(default_factory=list)
     launches: list[Row] = field(default_factory=list)
     predicted: list[Row] = field(default_factory=list)
+    auto: list[Row] = field(default_factory=list)
 
     def add(self, step: str, output: str, scratch: Path) -> None:
         """Take in what ``step`` printed, and the files that it left in ``scratch``."""
@@ -53,12 +54,12 @@ class Results:
             lines = (re.split(r"\s{2,}", line, maxsplit=1) for line in output.splitlines())
             self.info = {line[0]: line[1] for line in lines if len(line) == 2}
         if step == "predict":
-            self.predicted = list(predictions(output))
+            self.predicted, self.auto = list(predictions(output)), list(decisions(output))
 
     def files(self) -> dict[str, str]:
         """File name and content of all there is so far."""
         measured = (of(self.benchmarks) for of in (speed, memory, projector))
-        tables = *measured, self.counts, self.launches, self.predicted
+        tables = *measured, self.counts, self.launches, self.predicted, self.auto
         texts = [_csv(rows) for rows in tables]
         lines = ",\n".join(map(json.dumps, self.benchmarks))
         texts.append(f"[\n{lines}\n]\n" if lines else "")
@@ -153,18 +154,36 @@ def predictions(printed: str) -> Iterator[Row]:
     Raises:
         ValueError: there is no such table.
     """
-    lines = iter(printed.splitlines())
-    head = next((line.split() for line in lines if line.startswith("chip ")), None)
-    if head is None:
-        raise ValueError("predict printed no table of chips")
+    head, *lines = _table(printed, r"chip +config")
     names = [
         f"{head[i - 1]}_over_ours" if name == "gain" else _PREDICTED.get(name, name)
         for i, name in enumerate(head)
     ]
-    for line in lines:
-        if not line.strip():
-            return
-        yield dict(zip(names, re.split(r"\s{2,}", line.strip()), strict=True))
+    return (dict(zip(names, line, strict=True)) for line in lines)
+
+
+def decisions(printed: str) -> Iterator[Row]:
+    """The rows of what "auto" takes that ``predict`` prints.
+
+    Raises:
+        ValueError: there is no such table.
+    """
+    _, *lines = _table(printed, r"chip +images")
+    ways = ("fused_us", "composed_us", "eager_us", "auto")
+    names = [
+        "chip",
+        "images",
+        *(f"{verb}_{way}" for verb in ("forward", "backward") for way in ways),
+    ]
+    return (dict(zip(names, line, strict=True)) for line in lines)
+
+
+def _table(printed: str, head: str) -> list[list[str]]:
+    """The cells of the lines from the one that begins with ``head`` to the next empty one."""
+    found = re.search(rf"^{head}.*?(?=^$|\Z)", printed, re.M | re.S)
+    if found is None:
+        raise ValueError("predict printed no table of chips")
+    return [re.split(r"\s{2,}", line.strip()) for line in found[0].splitlines()]
 
 
 def _csv(rows: Sequence[Row]) -> str:
