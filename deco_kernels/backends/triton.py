@@ -43,12 +43,20 @@ def fuses(device: torch.device, dtype: torch.dtype) -> bool:
     return dtype.itemsize == 2 or torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 
-def pool(x: torch.Tensor, table: Table, dtype: torch.dtype) -> torch.Tensor:
-    """[B, n_in, K] -> [B, rows, K] of ``dtype``; sums in float32."""
+def pool(x: torch.Tensor, table: Table, dtype: torch.dtype, act: str | None = None) -> torch.Tensor:
+    """act(x) [B, n_in, K] -> [B, rows, K] of ``dtype``; sums in float32."""
     p = x.new_empty(x.shape[0], table.index.shape[0], x.shape[2], dtype=dtype)
     if p.numel():
-        pool_kernel.pool(x, *table[:3], p, config_for("pool", x.dtype))
+        pool_kernel.pool(x, *table[:3], p, config_for("pool", x.dtype), act)
     return p
+
+
+def dact_pool(dp: torch.Tensor, table: Table, z: torch.Tensor, act: str) -> torch.Tensor:
+    """``dz`` = (Sᵀ dp) * act'(z), by the transposed table: [B, rows, K] of z's dtype."""
+    dz = z.new_empty(z.shape)
+    if dz.numel():
+        pool_kernel.pool(dp, *table[:3], dz, config_for("pool", z.dtype), act, z)
+    return dz
 
 
 def pool_linear(
@@ -58,17 +66,18 @@ def pool_linear(
     bias: torch.Tensor | None,
     activation: str | None,
     keep_z: bool,
+    act: str | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-    """``p`` = S x, ``z`` = p wᵀ + bias and ``g`` = gelu(z), in one launch."""
+    """``p`` = S act(x), ``z`` = p wᵀ + bias and ``g`` = gelu(z), in one launch."""
     if not fuses(w.device, w.dtype):
-        return eager.linear(pool(x, table, w.dtype), w, bias, activation, keep_z)
+        return eager.linear(pool(x, table, w.dtype, act), w, bias, activation, keep_z)
     shape = x.shape[0], table.index.shape[0]
     p = w.new_empty(*shape, w.shape[1])
     z = w.new_empty(*shape, w.shape[0]) if keep_z else None
     g = None if activation is None else w.new_empty(*shape, w.shape[0])
     if p.numel():
         config = config_for("pool_linear", w.dtype)
-        pool_linear_kernel.pool_linear(x, *table[:3], w, bias, p, z, g, "tf32", config)
+        pool_linear_kernel.pool_linear(x, *table[:3], w, bias, p, z, g, "tf32", config, act)
     return p, z, g
 
 
