@@ -151,9 +151,9 @@ def test_the_operators_run_what_wins(monkeypatch, winner):
     table = Stencil.adaptive((4, 4), (2, 2)).tables("cpu", torch.float32)[0]
     x, w, z = (torch.randn(*s).half() for s in ((2, 16, 64), (64, 64), (8, 64)))
     with simulated(80) as launches:
-        p, _, g = ops.pool_linear(x, table, w, None, "gelu", True, "auto")
+        p, _, g = ops.pool_linear(x, table, w, None, "gelu", True, None, "auto")
         _, again, _ = ops.dact_linear(z, w, z, True, True, "auto")
-        pooled = ops.pool(x, table, torch.half, "auto")
+        pooled = ops.pool(x, table, torch.half, None, "auto")
     kernels = [stats.kernel.removesuffix("_kernel") for stats in launches]
     assert (
         kernels

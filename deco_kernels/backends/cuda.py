@@ -43,8 +43,8 @@ def fuses(device: torch.device, dtype: torch.dtype) -> bool:
     return tf32 and chip_of(device).arch >= 80
 
 
-def pool(x: torch.Tensor, table: Table, dtype: torch.dtype) -> torch.Tensor:
-    """[B, n_in, K] -> [B, rows, K] of ``dtype``; sums in float32."""
+def pool(x: torch.Tensor, table: Table, dtype: torch.dtype, act: str | None = None) -> torch.Tensor:
+    """act(x) [B, n_in, K] -> [B, rows, K] of ``dtype``; sums in float32."""
     p = x.new_empty(x.shape[0], table.index.shape[0], x.shape[2], dtype=dtype)
     if p.numel():
         extension.operators(x.device).pool(x, *table[:3], p)
@@ -58,10 +58,11 @@ def pool_linear(
     bias: torch.Tensor | None,
     activation: str | None,
     keep_z: bool,
+    act: str | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-    """``p`` = S x, ``z`` = p wᵀ + bias and ``g`` = gelu(z), in one launch."""
+    """``p`` = S act(x), ``z`` = p wᵀ + bias and ``g`` = gelu(z), in one launch."""
     if not fuses(x.device, w.dtype):
-        return eager.linear(pool(x, table, w.dtype), w, bias, activation, keep_z)
+        return eager.linear(pool(x, table, w.dtype, act), w, bias, activation, keep_z)
     shape = x.shape[0], table.index.shape[0]
     p = w.new_empty(*shape, w.shape[1])
     z = w.new_empty(*shape, w.shape[0]) if keep_z else None

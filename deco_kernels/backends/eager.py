@@ -1,5 +1,7 @@
 """The verbs in torch's own operators: any device, any floating dtype, the same saved tensors."""
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 
@@ -10,8 +12,10 @@ def unusable(device: torch.device, dtype: torch.dtype) -> str | None:
     return None
 
 
-def pool(x: torch.Tensor, table: Table, dtype: torch.dtype) -> torch.Tensor:
-    """[B, n_in, K] -> [B, rows, K] of ``dtype``; by torch's own pooling where it has one."""
+def pool(x: torch.Tensor, table: Table, dtype: torch.dtype, act: str | None = None) -> torch.Tensor:
+    """act(x) [B, n_in, K] -> [B, rows, K] of ``dtype``; by torch's own pooling where it has one."""
+    if act is not None:
+        x = _ACTIVATIONS[act][0](x)
     if x.shape[0] == 0:
         return x.new_empty(0, len(table.index), x.shape[2], dtype=dtype)
     if table.geometry:
@@ -37,6 +41,28 @@ def _gather(x: torch.Tensor, table: Table) -> torch.Tensor:
     return p.view(batch, rows, channels)
 
 
+def dact_pool(dp: torch.Tensor, table: Table, z: torch.Tensor, act: str) -> torch.Tensor:
+    """``dz`` = (Sᵀ dp) * act'(z), by the transposed table: [B, rows, K] of z's dtype."""
+    return _ACTIVATIONS[act][1](pool(dp, table, z.dtype, None), z)
+
+
+def _quick_gelu_backward(dy: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
+    s = torch.sigmoid(1.702 * z)
+    return dy * (s * (1 + 1.702 * z * (1 - s)))
+
+
+# Each with its backward, of (dy, z).
+_ACTIVATIONS = {
+    "gelu": (F.gelu, torch.ops.aten.gelu_backward),
+    "gelu_tanh": (
+        partial(F.gelu, approximate="tanh"),
+        partial(torch.ops.aten.gelu_backward, approximate="tanh"),
+    ),
+    "silu": (F.silu, torch.ops.aten.silu_backward),
+    "quick_gelu": (lambda z: z * torch.sigmoid(1.702 * z), _quick_gelu_backward),
+}
+
+
 def pool_linear(
     x: torch.Tensor,
     table: Table,
@@ -44,9 +70,10 @@ def pool_linear(
     bias: torch.Tensor | None,
     activation: str | None,
     keep_z: bool,
+    act: str | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-    """``p`` = S x, ``z`` = p wᵀ + bias and ``g`` = gelu(z)."""
-    return linear(pool(x, table, w.dtype), w, bias, activation, keep_z)
+    """``p`` = S act(x), ``z`` = p wᵀ + bias and ``g`` = gelu(z)."""
+    return linear(pool(x, table, w.dtype, act), w, bias, activation, keep_z)
 
 
 def linear(
