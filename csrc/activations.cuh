@@ -10,11 +10,11 @@ namespace deco {
 // absolute error below 1.5e-7, half of erf's instructions.
 template <class E>
 static __device__ void normal(float z, float* pdf, float* cdf) {
-  const float e = exp2f(z * z * -0.7213475204444817f);  // exp(-z^2 / 2)
+  const float e = ex2(z * z * -0.7213475204444817f);  // exp(-z^2 / 2)
   if constexpr (E::PER_WORD == 1) {
     *cdf = 0.5f * (1.f + erff(z * 0.7071067811865476f));
   } else {
-    const float t = __fdividef(1.f, fmaf(fabsf(z), 0.23164188814867655f, 1.f));
+    const float t = rcp(fmaf(fabsf(z), 0.23164188814867655f, 1.f));
     float q = fmaf(0.5307027145f, t, -0.7265760135f);
     q = fmaf(q, t, 0.7107068705f);
     q = fmaf(q, t, -0.142248368f);
@@ -58,7 +58,7 @@ struct Gate {
     constexpr float LN_2 = 0.6931471805599453f;
     const float square = fminf(z * z, 1e30f);  // finite, so that no cubic term is 0
     const float h = z * fmaf(params.gate_cubic, square, params.gate_linear);
-    value = __fdividef(1.f, 1.f + exp2f(h));
+    value = rcp(1.f + ex2(h));
     slope = -LN_2 * fmaf(3.f * params.gate_cubic, square, params.gate_linear);
   }
 };
