@@ -104,6 +104,21 @@ def test_float32_error_is_about_that_of_stock(machine, activation):  # noqa: F81
     assert not [race for stats in launches for race in stats.races]
 
 
+def test_tokens_of_another_dtype_than_the_weights(machine):  # noqa: F811
+    """As under autocast: pre-activations and their gradient in float32, 16-bit weights."""
+    (x, w, bias), dy = tensors(torch.float32, GRIDS["overlapping"], device=machine.device)
+    x, w, bias = (t.detach().requires_grad_() for t in (x, w, bias))
+    stencil, kind = Stencil.adaptive(*GRIDS["overlapping"]), machine.device.partition(":")[0]
+    with machine.context(), torch.autocast(kind, torch.float16):
+        y = act_pool_linear(x, w, bias, stencil, "silu", backend=machine.backend)
+        (dx,) = torch.autograd.grad(y, x, dy.half())
+    assert (y.dtype, dx.dtype) == (torch.float16, torch.float32)
+    truth = [t.detach().double() for t in (x, w, bias)]
+    want = run(lambda *t: stock(*t, GRIDS["overlapping"], "silu"), truth, dy.double())
+    for ours, exact in zip((y, dx), want, strict=False):
+        torch.testing.assert_close(ours.double(), exact, rtol=1e-2, atol=4e-2)
+
+
 def test_far_out_pre_activations(machine):  # noqa: F811
     """Where sigmoids and exponentials overflow, values and slopes do not."""
     x = torch.tensor([0.0, -0.0, 1.0, -3e4, 3e4, -200.0, 200.0, -9.0], device=machine.device)

@@ -47,8 +47,16 @@ def pool(x: torch.Tensor, table: Table, dtype: torch.dtype, act: str | None = No
     """act(x) [B, n_in, K] -> [B, rows, K] of ``dtype``; sums in float32."""
     p = x.new_empty(x.shape[0], table.index.shape[0], x.shape[2], dtype=dtype)
     if p.numel():
-        extension.operators(x.device).pool(x, *table[:3], p)
+        extension.operators(x.device).pool(x, *table[:3], act, None, p)
     return p
+
+
+def dact_pool(dp: torch.Tensor, table: Table, z: torch.Tensor, act: str) -> torch.Tensor:
+    """``dz`` = (Sᵀ dp) * act'(z), by the transposed table: [B, rows, K] of z's dtype."""
+    dz = z.new_empty(z.shape)
+    if dz.numel():
+        extension.operators(z.device).pool(dp, *table[:3], act, z, dz)
+    return dz
 
 
 def pool_linear(
@@ -71,7 +79,7 @@ def pool_linear(
         ops = extension.operators(x.device)
         workspace = workspace_for(x.device, ops.workspace_size(shape[0] * shape[1]))
         sms = chip_of(x.device).sms
-        ops.pool_linear(x, *table[:3], w, bias, p, z, g, workspace, sms)
+        ops.pool_linear(x, *table[:3], act, w, bias, p, z, g, workspace, sms)
     return p, z, g
 
 
