@@ -197,8 +197,8 @@ class Stencil:
         """Images of different sizes in one sequence, [1, N, C] or x[None] of a packed [N, C].
 
         The tokens of an image are row by row, frame by frame, and each frame is pooled by itself.
-        Beware of Qwen2-VL: inside its vision tower tokens go 2x2 block by block; give this the grids
-        that its merger leaves, (t, h / 2, w / 2). Nothing here waits for a device.
+        Inside Qwen2-VL's vision tower they are not, but 2x2 block by block: pool behind its merger,
+        with the grids (t, h / 2, w / 2) that it leaves. Nothing here waits for a device.
 
         Args:
             grids: (height, width) or (frames, height, width) of every image, as a list or an

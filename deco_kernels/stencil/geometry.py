@@ -10,7 +10,6 @@ A name is a string, because torch.compile takes it for constant even where it le
 
 from collections.abc import Sequence
 from functools import lru_cache
-from math import prod
 
 import torch
 

@@ -127,7 +127,10 @@ def _images(grids: Grids) -> list[Image]:
             raise ValueError(
                 f"grids[{i}] must be (height, width) or (frames, height, width), got {grid!r}"
             )
-        *frames, h, w = [check_count(f"grids[{i}][{j}]", n) for j, n in enumerate(grid)]
+        *frames, h, w = [
+            n if type(n) is int and n > 0 else check_count(f"grids[{i}][{j}]", n)  # names are slow
+            for j, n in enumerate(grid)
+        ]
         found.append(Image(frames[0] if frames else 1, (h, w)))
     if not found:
         raise ValueError("grids must hold an image, got none")

@@ -23,11 +23,10 @@ def cells(position_ids: torch.Tensor, kernel: int) -> Cells:
     if not isinstance(position_ids, torch.Tensor):
         raise TypeError(f"position_ids must be a tensor, got {type(position_ids).__name__}")
     check_cpu_integers("position_ids", position_ids)
-    if position_ids.dim() not in (2, 3) or position_ids.shape[-1] != 2 or not position_ids.numel():
-        raise ValueError(
-            f"position_ids must be [batch, tokens, 2] or [tokens, 2], got {list(position_ids.shape)}"
-        )
-    ids = position_ids.long().view(-1, *position_ids.shape[-2:])
+    shape = list(position_ids.shape)
+    if len(shape) not in (2, 3) or shape[-1] != 2 or 0 in shape:
+        raise ValueError(f"position_ids must be [batch, tokens, 2] or [tokens, 2], got {shape}")
+    ids = position_ids.long().reshape(-1, *shape[-2:])
     batch, tokens, _ = ids.shape
     check_tokens("position_ids", batch * tokens)
     padding = (ids == PADDING).all(-1)
