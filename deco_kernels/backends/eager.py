@@ -46,9 +46,11 @@ def _own(x: torch.Tensor, geometry: str) -> torch.Tensor | None:
 def _gather(x: torch.Tensor, table: Table) -> torch.Tensor:
     """Sums in the weights' dtype."""
     (batch, tokens, channels), (rows, window) = x.shape, table.index.shape
-    first = torch.arange(0, batch * tokens, tokens, device=x.device)
-    bags = (table.index + first[:, None, None]).view(-1, window)
-    weights = table.weight.repeat(batch, 1)
+    bags, weights = table.index, table.weight
+    if batch > 1:
+        first = torch.arange(0, batch * tokens, tokens, device=x.device)
+        bags = (bags + first[:, None, None]).view(-1, window)
+        weights = weights.repeat(batch, 1)
     flat = x.reshape(-1, channels).to(table.weight.dtype)
     p = F.embedding_bag(bags, flat, mode="sum", per_sample_weights=weights)
     p = p.view(batch, rows, channels)
