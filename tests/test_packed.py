@@ -253,6 +253,11 @@ BAD = {
         ValueError,
         "the pack has 2147483648 tokens",
     ),
+    "table over int32": (
+        lambda: Stencil.packed([(64, 64)] * 601, target=[(1, 1)] + [(64, 64)] * 600),
+        ValueError,
+        "a table of 2457601 rows, as wide as the widest window of 4096 tokens, has more entries",
+    ),
     "cu_seqlens count": (
         lambda: Stencil.packed(GRIDS, target=(2, 2), cu_seqlens=[0, 22]),
         ValueError,

@@ -306,6 +306,16 @@ BAD = {
         TypeError,
         r"stencils\[1\] must be a Stencil, got tuple",
     ),
+    "wide concatenation": (
+        lambda: Stencil.concat([Stencil.identity(2**20), Stencil.adaptive((64, 64), (1, 1))]),
+        ValueError,
+        "a table of 1048577 rows, as wide as the widest window of 4096 tokens, has more entries",
+    ),
+    "huge windows": (
+        lambda: Stencil.adaptive((2, 2**16), (2**16, 2)).tables(),
+        ValueError,
+        "a table of 131072 rows, as wide as the widest window of 32768 tokens",
+    ),
     "long concatenation": (
         lambda: Stencil.concat([Stencil.identity(2**30)] * 2),
         ValueError,

@@ -13,7 +13,7 @@ from ..checks import check_count
 from . import geometry as names
 from . import packed, positions
 from .geometry import adaptive_grids
-from .table import Pair, Table, concatenated
+from .table import Pair, Table, check_entries, concatenated
 
 __all__ = ["Stencil", "Table", "adaptive_grids"]
 
@@ -259,10 +259,10 @@ class Stencil:
         if tables is None:
             if torch.compiler.is_compiling():  # the tables are inputs of a graph, not constants
                 rows, columns = self._tables[torch.device("cpu"), torch.float32]
-                return rows.to(*key), columns.to(*key)
+                return rows.to(*key, True), columns.to(*key, True)
             with _plain():
                 rows, columns = self._source(dtype)
-                tables = self._tables[key] = rows.to(*key), columns.to(*key)
+                tables = self._tables[key] = rows.to(*key, True), columns.to(*key, True)
         return tables
 
 
@@ -300,7 +300,12 @@ def _concatenated(stencils: tuple[Stencil, ...], dtype: torch.dtype) -> Pair:
     pairs = [stencil.tables("cpu", dtype) for stencil in stencils]
     spans = [s.n_in for s in stencils], [s.n_out for s in stencils]
     rows, columns = (
-        concatenated([t.widened(max(t.index.shape[1] for t in side)) for t in side], span)
-        for side, span in zip(zip(*pairs, strict=True), spans, strict=True)
+        _joined(side, span) for side, span in zip(zip(*pairs, strict=True), spans, strict=True)
     )
     return rows, columns
+
+
+def _joined(tables: Sequence[Table], spans: Sequence[int]) -> Table:
+    width = max(table.index.shape[1] for table in tables)
+    check_entries(sum(table.index.shape[0] for table in tables), width)
+    return concatenated([table.widened(width) for table in tables], spans)

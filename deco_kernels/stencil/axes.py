@@ -2,10 +2,11 @@
 
 from collections.abc import Callable, Sequence
 from functools import lru_cache
+from math import prod
 
 import torch
 
-from .table import CPU, Pair, Table, table, transposed
+from .table import CPU, Pair, Table, check_entries, table, transposed
 
 
 def adaptive(n_in: int, n_out: int) -> Table:
@@ -62,6 +63,7 @@ def pair(axis: Callable[..., Table], n_in: int, *args: int | bool) -> Pair:
 
 def product(axes: Sequence[Table], spans: Sequence[int], dtype: torch.dtype, name: str) -> Table:
     """The Kronecker product of tables that read ``spans`` rows, the last axis running fastest."""
+    check_entries(*(prod(axis.index.shape[side] for axis in axes) for side in (0, 1)))
     index, weight = axes[0].index, axes[0].weight
     for axis, span in zip(axes[1:], spans[1:], strict=True):
         index = (index * span)[:, None, :, None] + axis.index[:, None]

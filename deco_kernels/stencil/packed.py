@@ -13,7 +13,7 @@ import torch
 
 from ..checks import check_count
 from . import geometry
-from .table import Pair, Table, concatenated
+from .table import Pair, Table, check_entries, concatenated
 
 
 class Pack(NamedTuple):
@@ -73,10 +73,13 @@ def pack(
 def tables(names: Sequence[str], dtype: torch.dtype) -> Pair:
     """Rows and columns of the block-diagonal matrix of named geometries, on the CPU."""
     blocks = [geometry.tables(name, dtype) for name in names]
-    n_out, n_in = ([block[side].index.shape[0] for block in blocks] for side in (0, 1))
+    heights = [[block[side].index.shape[0] for block in blocks] for side in (0, 1)]
+    widths = [_width(blocks, side) for side in (0, 1)]
+    for height, width in zip(heights, widths, strict=True):
+        check_entries(sum(height), width)
     rows, columns = (
-        concatenated([_widened(name, side, width, dtype) for name in names], spans)
-        for side, spans, width in ((0, n_in, _width(blocks, 0)), (1, n_out, _width(blocks, 1)))
+        concatenated([_widened(name, side, widths[side], dtype) for name in names], span)
+        for side, span in enumerate(reversed(heights))
     )
     return rows, columns
 

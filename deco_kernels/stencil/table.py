@@ -21,10 +21,13 @@ class Table(NamedTuple):
     ragged: bool
     geometry: str
 
-    def to(self, device: torch.device, dtype: torch.dtype) -> "Table":
-        """A copy there; the host does not wait for a GPU."""
-        weight = self.weight.to(dtype)
-        return Table(_sent(self.index, device), _sent(weight, device), self.ragged, self.geometry)
+    def to(self, device: torch.device, dtype: torch.dtype, non_blocking: bool = False) -> "Table":
+        """A copy there. ``non_blocking``: for the current stream, and the host does not wait."""
+        pair = self.index, self.weight.to(dtype)
+        if non_blocking and device.type == "cuda" and not torch.compiler.is_compiling():
+            pair = [t.pin_memory() for t in pair]  # copies of other memory wait for the stream
+        index, weight = (t.to(device, non_blocking=non_blocking) for t in pair)
+        return Table(index, weight, self.ragged, self.geometry)
 
     def widened(self, width: int) -> "Table":
         """The same rows, padded to ``width`` columns."""
@@ -41,10 +44,13 @@ CPU = torch.device("cpu")  # said wherever a tensor is made: the caller may have
 Pair = tuple[Table, Table]  # rows and columns of one matrix
 
 
-def _sent(t: torch.Tensor, device: torch.device) -> torch.Tensor:
-    if device.type == "cuda" and t.device.type == "cpu" and not torch.compiler.is_compiling():
-        t = t.pin_memory()  # a copy from pageable memory waits for the kernels before it
-    return t.to(device, non_blocking=True)
+def check_entries(rows: int, width: int) -> None:
+    """A table whose entries an int32 can count."""
+    if rows * width > 2**31 - 1:
+        raise ValueError(
+            f"a table of {rows} rows, as wide as the widest window of {width} tokens, has more"
+            f" entries than an int32 counts"
+        )
 
 
 def table(index: torch.Tensor, weight: torch.Tensor, geometry: str = "") -> Table:
