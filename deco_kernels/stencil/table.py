@@ -78,8 +78,11 @@ def transposed(index: torch.Tensor, weight: torch.Tensor, n_in: int) -> Table:
 
 def concatenated(tables: Sequence[Table], spans: Sequence[int]) -> Table:
     """The block-diagonal matrix of tables of one width; ``tables[i]`` reads ``spans[i]`` rows."""
-    starts = accumulate(spans, initial=0)
+    heights = [t.index.shape[0] for t in tables]
+    index = tables[0].index.new_empty(sum(heights), tables[0].index.shape[1])
     # Block by block, not all at once by `repeat_interleave`: small sums need no second thread.
-    index = torch.cat([t.index + start for t, start in zip(tables, starts, strict=False)])
+    starts = accumulate(spans, initial=0)
+    for t, part, start in zip(tables, index.split(heights), starts, strict=False):
+        torch.add(t.index, start, out=part)
     weight = torch.cat([t.weight for t in tables])
     return Table(index, weight, any(t.ragged for t in tables), "")
