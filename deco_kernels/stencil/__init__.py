@@ -307,5 +307,6 @@ def _concatenated(stencils: tuple[Stencil, ...], dtype: torch.dtype) -> Pair:
 
 def _joined(tables: Sequence[Table], spans: Sequence[int]) -> Table:
     width = max(table.index.shape[1] for table in tables)
-    check_entries(sum(table.index.shape[0] for table in tables), width)
-    return concatenated([table.widened(width) for table in tables], spans)
+    heights = [table.index.shape[0] for table in tables]
+    check_entries(sum(heights), width)
+    return concatenated([table.widened(width) for table in tables], heights, spans)

@@ -9,7 +9,6 @@ A name is a string, because torch.compile takes it for constant even where it le
 """
 
 from collections.abc import Sequence
-from functools import lru_cache
 
 import torch
 
@@ -76,7 +75,6 @@ def adaptive_grids(geometry: str) -> tuple[Grid, Grid]:
     return options(geometry)[1:3]
 
 
-@lru_cache(maxsize=2048)
 def tables(geometry: str, dtype: torch.dtype) -> Pair:
     """Rows and columns of a geometry's matrix, on the CPU, with weights of ``dtype``."""
     kind, grid_in, grid_out, rest = options(geometry)

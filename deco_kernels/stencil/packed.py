@@ -56,13 +56,13 @@ def pack(
     else:
         targets = _merged(images, check_count("merge", merge))
     check_count("passthrough", passthrough, least=0)
-    name = geometry.bilinear if mode == "bilinear" else geometry.adaptive
     passing = (f"identity {passthrough}",) if passthrough else ()
+    interpolate = mode == "bilinear"
     names, n_in, n_out = [], [], []
-    for (frames, (h, w)), (out_h, out_w) in zip(images, targets, strict=True):
-        names += (*passing, *(name((h, w), (out_h, out_w)),) * frames)
-        n_in.append(passthrough + frames * h * w)
-        n_out.append(passthrough + frames * out_h * out_w)
+    for (frames, grid), size in zip(images, targets, strict=True):
+        names += (*passing, *(_name(grid, size, interpolate),) * frames)
+        n_in.append(passthrough + frames * grid[0] * grid[1])
+        n_out.append(passthrough + frames * size[0] * size[1])
     geometry.check_tokens("the pack", sum(n_in))
     geometry.check_tokens("the pooled pack", sum(n_out))
     if cu_seqlens is not None:
@@ -70,33 +70,54 @@ def pack(
     return Pack(tuple(names), tuple(n_in), tuple(n_out))
 
 
+@lru_cache(maxsize=4096)
+def _name(grid_in: tuple[int, int], grid_out: tuple[int, int], interpolate: bool) -> str:
+    return (geometry.bilinear if interpolate else geometry.adaptive)(grid_in, grid_out)
+
+
 def tables(names: Sequence[str], dtype: torch.dtype) -> Pair:
     """Rows and columns of the block-diagonal matrix of named geometries, on the CPU."""
-    blocks = [geometry.tables(name, dtype) for name in names]
-    heights = [[block[side].index.shape[0] for block in blocks] for side in (0, 1)]
-    widths = [_width(blocks, side) for side in (0, 1)]
-    for height, width in zip(heights, widths, strict=True):
-        check_entries(sum(height), width)
-    rows, columns = (
-        concatenated([_widened(name, side, widths[side], dtype) for name in names], span)
-        for side, span in enumerate(reversed(heights))
-    )
+    blocks = [_block(name, dtype) for name in names]
+    n_out, n_in = [block.n_out for block in blocks], [block.n_in for block in blocks]
+    sides = []
+    for side, heights, spans in ((0, n_out, n_in), (1, n_in, n_out)):
+        width = _width({block.widths[side] for block in blocks})
+        check_entries(sum(heights), width)
+        wide = [_widened(name, side, width, dtype) for name in names]
+        sides.append(concatenated(wide, heights, spans))
+    rows, columns = sides
     return rows, columns
 
 
-def _width(blocks: Sequence[Pair], side: int) -> int:
-    """The columns of a pack's table; where windows vary, packs share a few widths.
+class Block(NamedTuple):
+    """The tables of a name, and their shapes: asking tensors for them takes time."""
 
-    Every other width would compile another kernel.
-    """
-    widths = {block[side].index.shape[1] for block in blocks} - {1}
-    widest = max(widths, default=1)
-    return 1 << (widest - 1).bit_length() if len(widths) > 1 else widest
+    tables: Pair
+    n_out: int
+    n_in: int
+    widths: tuple[int, int]
+
+
+@lru_cache(maxsize=2048)
+def _block(name: str, dtype: torch.dtype) -> Block:
+    pair = geometry.tables(name, dtype)
+    n_out, n_in = (len(table.index) for table in pair)
+    return Block(pair, n_out, n_in, tuple(table.index.shape[1] for table in pair))
 
 
 @lru_cache(maxsize=4096)
 def _widened(name: str, side: int, width: int, dtype: torch.dtype) -> Table:
-    return geometry.tables(name, dtype)[side].widened(width)
+    return _block(name, dtype).tables[side].widened(width)
+
+
+def _width(widths: set[int]) -> int:
+    """The columns of a pack's table; where windows vary, packs share a few widths.
+
+    Every other width would compile another kernel.
+    """
+    widths = widths - {1}
+    widest = max(widths, default=1)
+    return 1 << (widest - 1).bit_length() if len(widths) > 1 else widest
 
 
 def integers(name: str, values: object) -> list:
@@ -126,7 +147,7 @@ def check_cpu_integers(name: str, values: torch.Tensor) -> None:
 def _images(grids: Grids) -> list[Image]:
     found = []
     for i, grid in enumerate(integers("grids", grids)):
-        if not isinstance(grid, Sequence) or len(grid) not in (2, 3):
+        if not isinstance(grid, (tuple, list)) or len(grid) not in (2, 3):
             raise ValueError(
                 f"grids[{i}] must be (height, width) or (frames, height, width), got {grid!r}"
             )

@@ -76,9 +76,11 @@ def transposed(index: torch.Tensor, weight: torch.Tensor, n_in: int) -> Table:
     return table(columns, weights)
 
 
-def concatenated(tables: Sequence[Table], spans: Sequence[int]) -> Table:
-    """The block-diagonal matrix of tables of one width; ``tables[i]`` reads ``spans[i]`` rows."""
-    heights = [t.index.shape[0] for t in tables]
+def concatenated(tables: Sequence[Table], heights: Sequence[int], spans: Sequence[int]) -> Table:
+    """The block-diagonal matrix of tables of one width.
+
+    ``tables[i]`` has ``heights[i]`` rows and reads ``spans[i]`` rows.
+    """
     index = tables[0].index.new_empty(sum(heights), tables[0].index.shape[1])
     # Block by block, not all at once by `repeat_interleave`: small sums need no second thread.
     starts = accumulate(spans, initial=0)
