@@ -30,18 +30,19 @@ def versions() -> dict[str, str | None]:
     }
 
 
-def rates(shape: Shape, mode: Mode, seconds: float) -> dict[str, float | str | None]:
+def rates(shape: Shape, mode: Mode, seconds: float) -> dict[str, float | None]:
     """What ``seconds`` mean, by the operations and bytes that `Shape` counts.
 
-    The roofline is the longer one of operations / peak rate and bytes / peak bandwidth.
+    The roofline is the longer one of operations / peak rate and bytes / peak bandwidth; the peaks,
+    and the share of it, are None where they are not published.
     """
     flops, moved = shape.flops(mode), shape.traffic(mode, DTYPE.itemsize)
     chip = listed_as(device_name())
-    peak = chip and f"{chip.tflops(DTYPE):.0f} TFLOP/s, {chip.dram_tb_s} TB/s"
     at_best = chip and max(flops / chip.tflops(DTYPE), moved / chip.dram_tb_s) / 1e12
     return {
         "gigabytes_per_second": moved / seconds / 1e9,
         "teraflop_per_second": flops / seconds / 1e12,
         "percent_of_roofline": at_best and 100 * at_best / seconds,
-        "peak": peak or "unknown peak",
+        "peak_teraflop_per_second": chip and chip.tflops(DTYPE),
+        "peak_gigabytes_per_second": chip and 1e3 * chip.dram_tb_s,
     }

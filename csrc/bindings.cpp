@@ -15,6 +15,7 @@ namespace {
 
 using at::Tensor;
 using Maybe = std::optional<Tensor>;
+using Act = std::optional<std::string>;  // the name of one
 
 #ifdef DECO_ON_HOST  // in tests the kernels run on the CPU
 constexpr auto DEVICE = at::DeviceType::CPU;
@@ -87,6 +88,15 @@ class Launch {
   }
   static bool aligned(const Maybe& t) { return !t || aligned(*t); }
 
+  static int act(const Act& name) {
+    if (!name) return deco::NONE;
+    if (*name == "gelu") return deco::GELU;
+    if (*name == "gelu_tanh") return deco::GELU_TANH;
+    if (*name == "silu") return deco::SILU;
+    if (*name == "quick_gelu") return deco::QUICK_GELU;
+    TORCH_CHECK_VALUE(false, "act must be None, gelu, gelu_tanh, silu or quick_gelu, got ", *name);
+  }
+
   void run(const char* (*kernel)(const deco::Params&, void*)) const {
     const c10::DeviceGuard guard(device_);
     const char* error = kernel(params, current_stream(device_));
@@ -97,9 +107,9 @@ class Launch {
   at::Device device_;
 };
 
-// x [B, n_in, K] strided and its table [MO, T]; p [B, MO, K].
+// x [B, n_in, K] strided and its table [MO, T]; p [B, MO, K], of activated tokens.
 void set_pool(Launch& launch, const Tensor& x, const Tensor& index, const Tensor& weight,
-              bool ragged, const Tensor& p) {
+              bool ragged, const Act& act, const Tensor& p) {
   TORCH_CHECK_VALUE(x.dim() == 3, "x must be [B, n_in, K], got ", x.sizes());
   TORCH_CHECK_VALUE(index.dim() == 2, "index must be [MO, T], got ", index.sizes());
   const int64_t b = x.size(0), k = x.size(2), mo = index.size(0), t = index.size(1);
@@ -118,23 +128,34 @@ void set_pool(Launch& launch, const Tensor& x, const Tensor& index, const Tensor
   params.stride_xn = x.stride(1);
   params.stride_xk = x.stride(2);
   params.ragged = ragged;
+  params.act = Launch::act(act);
   params.x_aligned = Launch::aligned(x) && Launch::aligned(p) &&
                      x.size(1) * x.stride(1) * x.element_size() <= MAX_INT;
 }
 
-void pool(const Tensor& x, const Tensor& index, const Tensor& weight, bool ragged, Tensor p) {
+void pool(const Tensor& x, const Tensor& index, const Tensor& weight, bool ragged, const Act& act,
+          const Maybe& z, Tensor p) {
   Launch launch(x);
-  set_pool(launch, x, index, weight, ragged, p);
+  set_pool(launch, x, index, weight, ragged, act, p);
+  if (z) {
+    TORCH_CHECK_VALUE(act, "act must be given with z, got None");
+    deco::Params& params = launch.params;
+    params.pre = launch.tensor("z", *z, p.scalar_type(), p.sizes(), true);
+    params.stride_preb = z->stride(0);
+    params.stride_pren = z->stride(1);
+    params.stride_prek = z->stride(2);
+    params.x_aligned = params.x_aligned && Launch::aligned(*z);
+  }
   launch.run(deco::pool);
 }
 
 int64_t workspace_size(int64_t rows) { return deco::HEADER + cdiv(rows, deco::PANEL_ROWS); }
 
 void pool_linear(const Tensor& x, const Tensor& index, const Tensor& weight, bool ragged,
-                 const Tensor& w, const Maybe& bias, Tensor p, Maybe z, Maybe g, Tensor workspace,
-                 int64_t sms) {
+                 const Act& act, const Tensor& w, const Maybe& bias, Tensor p, Maybe z, Maybe g,
+                 Tensor workspace, int64_t sms) {
   Launch launch(x);
-  set_pool(launch, x, index, weight, ragged, p);
+  set_pool(launch, x, index, weight, ragged, act, p);
   TORCH_CHECK_VALUE(w.dim() == 2, "w must be [N, K], got ", w.sizes());
   deco::Params& params = launch.params;
   const at::ScalarType dtype = p.scalar_type();
@@ -177,11 +198,15 @@ void dgelu(Tensor d, const Tensor& z, Maybe g, Maybe sums) {
 #define DECO_LIBRARY(name, m) TORCH_LIBRARY(name, m)  // expands the name first
 
 DECO_LIBRARY(TORCH_EXTENSION_NAME, m) {
-  m.def("pool(Tensor x, Tensor index, Tensor weight, bool ragged, Tensor(a!) p) -> ()", &pool);
+  m.def(
+      "pool(Tensor x, Tensor index, Tensor weight, bool ragged, str? act, Tensor? z, Tensor(a!) p)"
+      " -> ()",
+      &pool);
   m.def("workspace_size(int rows) -> int", &workspace_size);
   m.def(
-      "pool_linear(Tensor x, Tensor index, Tensor weight, bool ragged, Tensor w, Tensor? bias,"
-      " Tensor(a!) p, Tensor(b!)? z, Tensor(c!)? g, Tensor(d!) workspace, int sms) -> ()",
+      "pool_linear(Tensor x, Tensor index, Tensor weight, bool ragged, str? act, Tensor w,"
+      " Tensor? bias, Tensor(a!) p, Tensor(b!)? z, Tensor(c!)? g, Tensor(d!) workspace, int sms) "
+      "-> ()",
       &pool_linear);
   m.def("sum_blocks(int rows) -> int", &sum_blocks);
   m.def("dgelu(Tensor(a!) d, Tensor z, Tensor(b!)? g, Tensor(c!)? sums) -> ()", &dgelu);

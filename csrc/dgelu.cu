@@ -1,5 +1,5 @@
 // The backward of GELU: dZ = dG * gelu'(Z) in place, G = gelu(Z) once more, sums of dZ over rows.
-#include "gelu.cuh"
+#include "activations.cuh"
 #include "launch.cuh"
 
 namespace deco {

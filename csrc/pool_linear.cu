@@ -6,7 +6,7 @@
 // tasks of the first `lead` panels, then for every panel the pool tasks of the panel `lead` further
 // on and its own gemm tasks. A task waits for lower tickets only, and those are held by blocks that
 // run: it cannot deadlock, whatever the number of blocks.
-#include "gelu.cuh"
+#include "activations.cuh"
 #include "launch.cuh"
 #include "pool.cuh"
 
@@ -253,7 +253,7 @@ template <class E>
 static __device__ void pool_task(const Params& p, int first) {
 #pragma unroll 1
   for (int r = threadIdx.x / 32; r < POOL_ROWS; r += THREADS / 32) {
-    if (first + r < p.M) pool_row<E, 1>(p, first + r, 0, 1);
+    if (first + r < p.M) pool_row<E, 1, false>(p, first + r, 0, 1);
   }
 }
 
@@ -307,6 +307,7 @@ __global__ void __launch_bounds__(THREADS, DECO_SM80 ? 2 : 1) pool_linear_kernel
 
 const char* pool_linear(const Params& params, void* stream) {
   Params p = params;
+  set_gate(&p);
   p.panels = cdiv(p.M, PANEL_ROWS);
   p.columns = cdiv(p.N, COLUMNS);
   const int64_t tasks = (int64_t)p.panels * (SLOTS + p.columns);

@@ -26,6 +26,18 @@
 
 DECO_PTX uint32_t shared_address(const void* p) { return (uint32_t)__cvta_generic_to_shared(p); }
 
+// One instruction each: C++ has them with a few more, for subnormal numbers.
+DECO_PTX float ex2(float v) {
+  float r;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(v));
+  return r;
+}
+DECO_PTX float rcp(float v) {
+  float r;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(v));
+  return r;
+}
+
 // Flags between blocks, at gpu scope.
 DECO_PTX int ld_acquire(const int* p) {
   int v;

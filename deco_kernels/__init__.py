@@ -1,6 +1,6 @@
 """Fused average-pool projectors for multimodal language models."""
 
-from .functional import act_linear, pool, pool_linear
+from .functional import act_linear, act_pool_linear, pool, pool_linear
 from .integrations import fuse, unfuse
 from .projector import FusedAvgPoolProjector
 from .reference import AvgPoolProjector
@@ -11,6 +11,7 @@ __all__ = [
     "FusedAvgPoolProjector",
     "Stencil",
     "act_linear",
+    "act_pool_linear",
     "fuse",
     "pool",
     "pool_linear",

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .backends import BACKENDS
-from .tuning import predict
+from .tuning import tables
 from .tuning.chips import CHIPS
 
 if TYPE_CHECKING:
@@ -80,7 +80,7 @@ def _table(rows: "Sequence[Row]") -> str:
 
 
 def _predict(options: dict[str, Any]) -> int:
-    print(predict.report(**options))
+    print(tables.report(**options))
     return 0
 
 
@@ -108,6 +108,12 @@ def _demo(options: dict[str, Any]) -> int:
 
     run(**options)
     return 0
+
+
+def _report(options: dict[str, Any]) -> int:
+    from .report import run
+
+    return run(**options)
 
 
 def _archs(text: str) -> list[int]:
@@ -153,7 +159,7 @@ def _parser() -> argparse.ArgumentParser:
         help=help_chips,
     )
     added.add_argument("--batch", type=int, help="images; default: 64")
-    for each in dataclasses.fields(predict.Assumptions):
+    for each in dataclasses.fields(tables.Assumptions):
         text = f"{each.metadata['help']}; default: {each.default:g}"
         added.add_argument(f"--{each.name.replace('_', '-')}", type=float, metavar="X", help=text)
     added = command("tune", _tune, "measure every backend on this GPU, for backend auto to use")
@@ -179,6 +185,10 @@ def _parser() -> argparse.ArgumentParser:
     added.add_argument("--steps", type=int)
     added.add_argument("--seed", type=int)
     where(added)
+    text = "all of it here, in one report: right, fast, lean; minutes"
+    added = command("report", _report, text)
+    help_out = "a folder to make, or of an earlier report, whose files are then replaced"
+    added.add_argument("--out", type=Path, required=True, metavar="DIR", help=help_out)
     return parser
 
 

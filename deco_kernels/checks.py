@@ -10,13 +10,13 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 MAX_BYTES = 2**63 - 1
 
 
-def check_count(name: str, value: object) -> int:
-    """A positive integer, of Python's or any other kind of int."""
+def check_count(name: str, value: object, least: int = 1) -> int:
+    """An integer of at least ``least``, of Python's or any other kind of int."""
     if isinstance(value, bool) or not hasattr(value, "__index__"):
         raise TypeError(f"{name} must be an int, got {type(value).__name__} {value!r}")
     value = operator.index(value)
-    if value < 1:
-        raise ValueError(f"{name} must be at least 1, got {value}")
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}, got {value}")
     return value
 
 

@@ -7,9 +7,10 @@ from torch.autograd.function import once_differentiable
 from . import ops
 from .backends import choose
 from .checks import check_bias, check_float, check_linear, check_size, check_tokens
-from .stencil import Stencil
+from .stencil import Stencil, Table
 
 ACTIVATIONS = (None, "gelu")
+TOKEN_ACTIVATIONS = ("gelu", "gelu_tanh", "silu", "quick_gelu")  # before pooling
 
 
 class Hidden:
@@ -43,21 +44,25 @@ class _Pool(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, rows, columns, backend):
         ctx.columns, ctx.backend = columns, backend
-        return ops.pool(x, rows, x.dtype, backend)
+        return ops.pool(x, rows, x.dtype, None, backend)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dp):
-        return ops.pool(dp, ctx.columns, dp.dtype, ctx.backend), None, None, None
+        return ops.pool(dp, ctx.columns, dp.dtype, None, ctx.backend), None, None, None
 
 
 class _PoolLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, bias, rows, columns, activation, keep_z, backend):
-        p, z, g = ops.pool_linear(x, rows, weight, bias, activation, keep_z, backend)
+    def forward(ctx, x, weight, bias, rows, columns, activation, keep_z, act, backend):
+        p, z, g = ops.pool_linear(x, rows, weight, bias, activation, keep_z, act, backend)
         needs_x, needs_weight, *_ = ctx.needs_input_grad
-        ctx.save_for_backward(weight if needs_x else None, p if needs_weight else None)
-        ctx.columns, ctx.dtype, ctx.backend = columns, x.dtype, backend
+        ctx.save_for_backward(
+            weight if needs_x else None,
+            p if needs_weight else None,
+            x if needs_x and act is not None else None,
+        )
+        ctx.columns, ctx.dtype, ctx.act, ctx.backend = columns, x.dtype, act, backend
         if g is not None:
             ctx.mark_non_differentiable(g)
         ctx.set_materialize_grads(False)
@@ -67,18 +72,21 @@ class _PoolLinear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dz, _dg):
         if dz is None:
-            return (None,) * 8
-        weight, p = ctx.saved_tensors
+            return (None,) * 9
+        weight, p, x = ctx.saved_tensors
         flat = dz.reshape(-1, dz.shape[-1])
         dx = dw = db = None
         if ctx.needs_input_grad[0]:
             dp = (flat @ weight).view(*dz.shape[:2], weight.shape[1])
-            dx = ops.pool(dp, ctx.columns, ctx.dtype, ctx.backend)
+            if x is None:
+                dx = ops.pool(dp, ctx.columns, ctx.dtype, None, ctx.backend)
+            else:
+                dx = ops.dact_pool(dp, ctx.columns, x, ctx.act, ctx.backend)
         if ctx.needs_input_grad[1]:
             dw = flat.T @ p.view(-1, p.shape[-1])
         if ctx.needs_input_grad[2]:
             db = flat.sum(0)
-        return dx, dw, db, None, None, None, None, None
+        return dx, dw, db, None, None, None, None, None, None
 
 
 class _ActLinear(torch.autograd.Function):
@@ -159,20 +167,50 @@ def pool_linear(
         ValueError: a shape does not fit, or no such activation or backend.
         RuntimeError: tensors on different devices, or the backend cannot run here.
     """
-    _check_pooling(x, stencil)
     _check_activation(activation)
-    weight, bias, autocast = _autocast(x, weight, bias)
-    check_linear("x", x, weight, any_float=autocast)
-    check_bias(weight, bias)
-    check_size((x.shape[0], stencil.n_out, max(weight.shape)), weight.dtype)
-    backend = choose(backend, x.device, weight.dtype).backend
-    tables = stencil.tables(x.device, _sum_dtype(x))
+    x, weight, bias, tables, backend = _pooled_product(x, weight, bias, stencil, backend)
     if activation is None:
-        return _PoolLinear.apply(x, weight, bias, *tables, None, True, backend)[0]
+        return _PoolLinear.apply(x, weight, bias, *tables, None, True, None, backend)[0]
     keep_z = _any_requires_grad(x, weight, bias)
     detached = None if bias is None else bias.detach()
-    z, g = _PoolLinear.apply(x, weight, detached, *tables, activation, keep_z, backend)
+    z, g = _PoolLinear.apply(x, weight, detached, *tables, activation, keep_z, None, backend)
     return Hidden(z, g, bias)
+
+
+def act_pool_linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    stencil: Stencil,
+    activation: str | None = "gelu",
+    *,
+    backend: str = "auto",
+) -> torch.Tensor:
+    """Activate tokens, pool and project them: ``Y = (S act(X)) Wᵀ + b``. Keeps X and P.
+
+    For a projector that pools its output: windows' weights that sum to one commute with a linear
+    layer, ``pool(g Wᵀ + b) = pool(g) Wᵀ + b``, and this is the product on pooled tokens only.
+
+    Args:
+        x: pre-activations [B, n_in, K], floating point, any strides.
+        weight: [N, K] of x's dtype.
+        bias: [N] or None.
+        stencil: the pooling, for n_in tokens.
+        activation: "gelu" (the exact, erf form), "gelu_tanh", "silu", "quick_gelu"
+            (``x * sigmoid(1.702 x)``) or None.
+        backend: "auto", "triton", "cuda", "composed" or "eager".
+
+    Returns:
+        Y [B, n_out, N].
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as :func:`pool_linear`.
+    """
+    if activation not in (None, *TOKEN_ACTIVATIONS):
+        known = ", ".join(map(repr, TOKEN_ACTIVATIONS))
+        raise ValueError(f"activation must be None or one of {known}, got {activation!r}")
+    x, weight, bias, tables, backend = _pooled_product(x, weight, bias, stencil, backend)
+    return _PoolLinear.apply(x, weight, bias, *tables, None, True, activation, backend)[0]
 
 
 def act_linear(
@@ -225,6 +263,23 @@ def autocast_dtype(x: torch.Tensor) -> torch.dtype | None:
     if x.dtype == torch.float64 or not torch.amp.is_autocast_available(device):
         return None
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+
+
+def _pooled_product(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    stencil: Stencil,
+    backend: str,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, tuple[Table, Table], str]:
+    """What pooling x and a product with weight take, once they fit each other."""
+    _check_pooling(x, stencil)
+    weight, bias, autocast = _autocast(x, weight, bias)
+    check_linear("x", x, weight, any_float=autocast)
+    check_bias(weight, bias)
+    check_size((x.shape[0], stencil.n_out, max(weight.shape)), weight.dtype)
+    backend = choose(backend, x.device, weight.dtype).backend
+    return x, weight, bias, stencil.tables(x.device, _sum_dtype(x)), backend
 
 
 def _check_pooling(x: torch.Tensor, stencil: Stencil) -> None:

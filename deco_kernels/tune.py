@@ -22,7 +22,7 @@ WARMUP, ROUNDS = 3, 20
 
 
 class Job(NamedTuple):
-    """A verb to measure: how "auto" will look it up, and tensors of exactly these sizes."""
+    """A verb to measure: how "auto" will look it up, and tensors of these sizes."""
 
     call: Call
     tokens: tuple[int, int, int]  # [B, n_in, K]; for dact_linear [1, M, K]
@@ -46,13 +46,13 @@ def plan(
     stencil = Stencil.adaptive(grid, (square_side("query_num", query_num),) * 2)
     table = stencil.tables("cpu", torch.float32)[0]
     jobs: dict[Call, Job] = {}
-    for images in sorted(batch):  # of one bucket, the largest is measured
+    for images in sorted(batch):  # of a bucket, the largest is measured
         tokens, m = (images, stencil.n_in, mm_hidden_size), images * stencil.n_out
         w = llm_hidden_size, mm_hidden_size
-        call = Call.pool_linear(tokens, table.index.shape, w, dtype, layer_num > 1)
+        call = Call.pool_linear(tokens, table.index.shape, w, dtype, layer_num > 1).bucket()
         jobs[call] = Job(call, tokens, table)
         if layer_num > 1:
-            call = Call.dact_linear(m, (llm_hidden_size,) * 2, dtype)
+            call = Call.dact_linear(m, (llm_hidden_size,) * 2, dtype).bucket()
             jobs[call] = Job(call, (1, m, llm_hidden_size), None)
     return list(jobs.values())
 

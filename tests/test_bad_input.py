@@ -7,6 +7,7 @@ from deco_kernels import (
     FusedAvgPoolProjector,
     Stencil,
     act_linear,
+    act_pool_linear,
     backends,
     extension,
     pool,
@@ -82,6 +83,16 @@ BAD_CALLS = {
         ValueError,
         "activation must be None or 'gelu', got 'relu'",
     ),
+    "activation of tokens": (
+        lambda: act_pool_linear(X, W, B, STENCIL, "relu"),
+        ValueError,
+        "activation must be None or one of 'gelu', .*'quick_gelu', got 'relu'",
+    ),
+    "pre-activations of another grid": (
+        lambda: act_pool_linear(X[:, 1:], W, B, STENCIL, "silu"),
+        ValueError,
+        "x has 15 tokens, but .* takes 16",
+    ),
     "hidden": (lambda: act_linear(X, V), TypeError, "hidden must come from pool_linear"),
     "hidden's channels": (
         lambda: act_linear(HIDDEN, V.T),
@@ -130,7 +141,7 @@ def no_launch(monkeypatch):
     def fail(*args):
         raise AssertionError("launched")
 
-    for verb in ("pool", "pool_linear", "dact_linear"):
+    for verb in ("pool", "dact_pool", "pool_linear", "dact_linear"):
         for name in ("eager", "triton", "cuda"):
             monkeypatch.setattr(backends.get(name), verb, fail)
 
@@ -138,7 +149,7 @@ def no_launch(monkeypatch):
 @pytest.mark.parametrize("backend", ["auto", "triton", "cuda"])
 @pytest.mark.parametrize(("call", "error", "message"), BAD_CALLS.values(), ids=[*BAD_CALLS])
 def test_functions(no_launch, monkeypatch, backend, call, error, message):
-    for function in (pool, pool_linear, act_linear):
+    for function in (pool, pool_linear, act_linear, act_pool_linear):
         monkeypatch.setitem(function.__kwdefaults__, "backend", backend)
     # Where every backend can run: Triton's kernels, and the library of the CUDA C++ ones.
     usable = stand_in(Chip(90, 1), None), extension.stand_in(object())

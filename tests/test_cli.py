@@ -66,7 +66,7 @@ def table_of(*steps, notes=()):
 def test_help_names_every_command():
     run = python("-m", "deco_kernels", "--help")
     assert run.returncode == 0
-    for command in ("info", "check", "compile", "predict", "table", "demo"):
+    for command in ("info", "check", "compile", "predict", "tune", "table", "report", "demo"):
         assert re.search(rf"^ +{command} +\w", run.stdout, re.M)
 
 
@@ -85,7 +85,15 @@ def test_help_names_every_command():
             ],
         ),
         ("table", ["--out"]),
+        (
+            "tune",
+            [
+                *("--grid", "--query-num", "--mm-hidden-size", "--llm-hidden-size", "--layer-num"),
+                *("--batch", "--dtype", "--device", "--dry-run"),
+            ],
+        ),
         ("demo", ["--out", "--steps", "--seed", "--device", "--backend"]),
+        ("report", ["--out"]),
     ],
 )
 def test_help_of_a_command_names_its_flags(command, flags, capsys):

@@ -7,16 +7,7 @@ import sys
 
 import pytest
 import torch
-from cuda_machines import (
-    COMPILER,
-    NAME,
-    SANITIZE,
-    host_kernels,
-    mutant,
-    on_host,
-    on_ptx,
-    require_compilers,
-)
+from cuda_machines import COMPILER, SANITIZE, mutant, on_host, on_ptx, require_compilers
 
 from deco_kernels import Stencil, backends, pool
 from deco_kernels.backends import cuda
@@ -90,7 +81,11 @@ def test_strided_tokens_and_weights(dtype, layout):
         plain = cuda.pool_linear(x.contiguous(), rows, w.contiguous(), None, "gelu", True)
         dx = cuda.pool(as_laid_out(x[:, :9], dtype), columns, dtype)
         plain_dx = cuda.pool(x[:, :9].contiguous(), columns, dtype)
-    for ours, same in zip((p, z, g, dx), (*plain, plain_dx), strict=True):
+        dp = torch.randn(4, 9, 40).to(dtype)
+        acted = [cuda.pool(t, rows, dtype, "silu") for t in (x, x.contiguous())]
+        slopes = [cuda.dact_pool(dp, columns, t, "silu") for t in (x, x.contiguous())]
+    pairs = *zip((p, z, g, dx), (*plain, plain_dx), strict=True), acted, slopes
+    for ours, same in pairs:
         torch.testing.assert_close(ours, same, rtol=0, atol=0)
 
 
@@ -113,12 +108,13 @@ def test_one_feature_whose_stride_may_be_anything():
     assert torch.equal(z, same)
 
 
-def test_an_infinity_reaches_its_own_windows_only():
+@pytest.mark.parametrize("act", [None, "gelu", "silu"])
+def test_an_infinity_reaches_its_own_windows_only(act):
     rows, _ = tables((5, 5), (3, 3))
     x = torch.zeros(1, 25, 8)
     x[0, 24] = float("inf")
     with on_host():
-        p = cuda.pool(x, rows, torch.float32)
+        p = cuda.pool(x, rows, torch.float32, act)
     assert p[0, 8].isinf().all()
     assert (p[0, :8] == 0).all()
 
@@ -208,101 +204,6 @@ def test_on_the_cpu_it_says_what_it_needs():
         pool(torch.randn(1, 16, 8), Stencil.adaptive((4, 4), (2, 2)), backend="cuda")
 
 
-# What the bindings refuse
-
-
-def good_pool():
-    (index, weight, ragged, _), _ = tables((4, 4), (2, 2))
-    return {
-        "x": torch.randn(2, 16, 8),
-        "index": index,
-        "weight": weight,
-        "ragged": ragged,
-        "p": torch.empty(2, 4, 8),
-    }
-
-
-def good_pool_linear():
-    p = good_pool()
-    return {
-        **{k: p[k] for k in ("x", "index", "weight", "ragged")},
-        "w": torch.randn(24, 8),
-        "bias": torch.randn(24),
-        "p": p["p"],
-        "z": torch.empty(2, 4, 24),
-        "g": torch.empty(2, 4, 24),
-        "workspace": torch.zeros(3, dtype=torch.int32),
-        "sms": 2,
-    }
-
-
-def good_dgelu():
-    return {
-        "d": torch.randn(70, 24),
-        "z": torch.randn(70, 24),
-        "g": torch.empty(70, 24),
-        "sums": torch.empty(2, 24),
-    }
-
-
-GOOD = {"pool": good_pool, "pool_linear": good_pool_linear, "dgelu": good_dgelu}
-META = torch.empty(2, 16, 8, device="meta")
-BAD = [
-    ("pool", {"x": META}, RuntimeError, "must be on a cpu device, got one on meta"),
-    ("pool", {"p": META}, RuntimeError, "p must be on cpu, got meta"),
-    ("pool", {"x": torch.randn(16, 8)}, ValueError, r"x must be \[B, n_in, K\], got \[16, 8\]"),
-    ("pool", {"x": torch.randn(2, 16, 8).double()}, TypeError, "x must be float32, .* got Double"),
-    ("pool", {"p": torch.empty(2, 4, 9)}, ValueError, r"p must be \[2, 4, 8\], got \[2, 4, 9\]"),
-    ("pool", {"p": torch.empty(2, 8, 4).mT}, ValueError, "p must be contiguous, got strides"),
-    ("pool", {"index": torch.zeros(4, 4)}, TypeError, "index must be Int, got Float"),
-    ("pool", {"weight": torch.ones(4, 3)}, ValueError, r"weight must be \[4, 4\], got \[4, 3\]"),
-    (
-        "pool",
-        {"x": torch.empty(0, 16, 8), "p": torch.empty(0, 4, 8)},
-        ValueError,
-        r"B \* MO must be from 1 to 2147483647, got 0",
-    ),
-    (
-        "pool",
-        {"x": torch.empty(1, 1, 1).expand(2**30, 16, 8), "p": torch.empty(1).expand(2**30, 4, 8)},
-        ValueError,
-        "p must be contiguous",
-    ),
-    ("pool_linear", {"w": torch.randn(24)}, ValueError, r"w must be \[N, K\], got \[24\]"),
-    ("pool_linear", {"w": torch.randn(24, 8).half()}, TypeError, "w must be Float, got Half"),
-    ("pool_linear", {"bias": torch.randn(8)}, ValueError, r"bias must be \[24\], got \[8\]"),
-    ("pool_linear", {"g": torch.empty(2, 4, 8)}, ValueError, r"g must be \[2, 4, 24\]"),
-    (
-        "pool_linear",
-        {"workspace": torch.zeros(2, dtype=torch.int32)},
-        ValueError,
-        "workspace must hold 3 integers, got 2",
-    ),
-    ("pool_linear", {"sms": 0}, ValueError, "sms must be from 1 to"),
-    ("dgelu", {"d": torch.randn(24)}, ValueError, r"d must be \[M, N\], got \[24\]"),
-    ("dgelu", {"z": torch.randn(70, 23)}, ValueError, r"z must be \[70, 24\], got \[70, 23\]"),
-    ("dgelu", {"sums": torch.empty(1, 24)}, ValueError, r"sums must be \[2, 24\], got \[1, 24\]"),
-]
-
-
-@pytest.mark.parametrize(("name", "change", "error", "message"), BAD)
-def test_bindings_check_before_they_launch(name, change, error, message):
-    with on_host():  # builds them
-        operator = getattr(cuda.extension.operators(torch.device("cpu")), name)
-        operator(*GOOD[name]().values())
-    with pytest.raises(error, match=message):
-        getattr(getattr(torch.ops, NAME), name)(*{**GOOD[name](), **change}.values())
-
-
-def test_a_failed_launch_is_an_error_with_the_reason(tmp_path):
-    csrc = mutant(tmp_path, "dgelu.cu", {"constexpr int WARPS = 8;": "constexpr int WARPS = 64;"})
-    with (
-        on_host(kernels=host_kernels(csrc)),
-        pytest.raises(RuntimeError, match=r"launched: .*grid"),
-    ):
-        cuda.extension.operators(torch.device("cpu")).dgelu(*good_dgelu().values())
-
-
 # Counts
 
 
@@ -320,6 +221,27 @@ def test_pooling_takes_few_instructions_and_reads_every_token_once():
     assert nbytes == SECTOR * sectors == 2 * x.numel()
     _, nbytes, sectors = stats.buffers["st", "p"]
     assert nbytes == SECTOR * sectors == 2 * p.numel()
+
+
+@pytest.mark.parametrize(
+    ("act", "forward_most", "backward_most"), [("gelu", 26, 36), ("silu", 17, 31)]
+)
+def test_activated_pooling_reads_every_token_once(act, forward_most, backward_most):
+    """2 x 2 windows, bfloat16: the instructions of a thread for an element, and what is read."""
+    require_compilers(ptx=True)
+    rows, columns = tables((12, 12), (6, 6))
+    x, dp = torch.randn(2, 144, 1024).to(BF16), torch.randn(2, 36, 1024).to(BF16)
+    with on_ptx(90, race=False) as launches:
+        p = cuda.pool(x, rows, BF16, act)
+        cuda.dact_pool(dp, columns, x, act)
+    forward, backward = launches
+    for stats, most in zip(launches, (forward_most, backward_most), strict=True):
+        assert 1 < 32 * sum(stats.warp_insts.values()) / x.numel() <= most
+    plan = [(forward, "ld", "x", x), (forward, "st", "p", p)]
+    plan += [(backward, "ld", "pre", x), (backward, "st", "p", x)]
+    for stats, how, name, tensor in plan:
+        assert stats.buffers[how, name][1:] == [2 * tensor.numel(), 2 * tensor.numel() / SECTOR]
+    assert backward.buffers["ld", "x"][1] == 2 * x.numel()  # each token's window
 
 
 @pytest.mark.parametrize("dtype", [BF16, torch.float32], ids=str)

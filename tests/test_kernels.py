@@ -19,6 +19,7 @@ from deco_kernels import (
     Stencil,
     act_linear,
     backends,
+    pool,
     pool_linear,
 )
 from deco_kernels.backends import eager
@@ -36,15 +37,15 @@ MACHINES = [
     ("triton", "interpreter"),
     ("triton", "sm80"),
     ("triton", "sm90"),
-    ("triton", "gpu"),
+    pytest.param(("triton", "gpu"), marks=pytest.mark.gpu),
     ("composed", "interpreter"),
     ("composed", "sm80"),
-    ("composed", "gpu"),
+    pytest.param(("composed", "gpu"), marks=pytest.mark.gpu),
     ("cuda", "host"),
     ("cuda", "sm80"),
     pytest.param(("cuda", "sm75"), marks=pytest.mark.slow),
     pytest.param(("cuda", "sm90"), marks=pytest.mark.slow),  # nvcc's PTX differs little
-    ("cuda", "gpu"),
+    pytest.param(("cuda", "gpu"), marks=pytest.mark.gpu),
 ]
 INTERPRETING = triton.knobs.runtime.interpret
 
@@ -197,3 +198,23 @@ def test_tokens_of_another_dtype_than_the_weights(machine):
     torch.testing.assert_close(y.double().cpu(), p @ w.T, rtol=4e-3, atol=4e-3)
     want = eager.pool(dy @ w, columns, torch.float64)
     torch.testing.assert_close(dx.double().cpu(), want, rtol=4e-3, atol=1e-2)
+
+
+def test_packs_and_tokens_that_nobody_reads(machine):
+    """Wide padding, and rows without any weight: NaN may stand where nobody reads."""
+    pack = Stencil.packed([(7, 5), (2, 3)], target=(2, 2), passthrough=1)
+    stencil = Stencil.concat([pack, Stencil.bilinear((9, 6), (3, 2))])
+    matrix = torch.zeros(stencil.n_out, stencil.n_in, dtype=torch.double)
+    rows, _ = stencil.tables()
+    matrix.scatter_add_(1, rows.index.long(), rows.weight)
+    read = matrix.any(0)
+    assert not read.all()
+    x, dp = torch.randn(2, stencil.n_in, 24), torch.randn(2, stencil.n_out, 24)
+    poisoned = x.masked_fill(~read[:, None], torch.nan).to(machine.device).requires_grad_()
+    with machine.context():
+        p = pool(poisoned, stencil, backend=machine.backend)
+        (dx,) = torch.autograd.grad(p, poisoned, dp.to(machine.device))
+    assert (dx[:, ~read] == 0).all()
+    want = matrix @ x.double().masked_fill(~read[:, None], 0)
+    torch.testing.assert_close(p.cpu().double(), want, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(dx.cpu().double(), matrix.T @ dp.double(), rtol=1e-5, atol=1e-6)

@@ -1,5 +1,6 @@
 """Does the cost model count what runs, and do its times follow from what it assumes?"""
 
+import json
 from dataclasses import fields, replace
 
 import pytest
@@ -14,9 +15,10 @@ from deco_kernels.kernels.launch import Config
 from deco_kernels.tuning import config_for
 from deco_kernels.tuning.chips import CHIPS
 from deco_kernels.tuning.model import Shape, Traffic, counts
-from deco_kernels.tuning.predict import GAIN, Assumptions, Predictor, holding, report
+from deco_kernels.tuning.predict import Assumptions, Predictor
 from deco_kernels.tuning.rank import candidates
 from deco_kernels.tuning.table import override
+from deco_kernels.tuning.tables import GAIN, holding, report
 
 COMPILED = pytest.mark.skipif(triton.knobs.runtime.interpret, reason="needs compiled kernels")
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -59,14 +61,34 @@ def run_pool_linear(batch, grid_in, grid_out, channels, features, dtype, arch=80
     return launches[0]
 
 
-def assert_counted(kernel, shape, stats):
-    counted = counts(kernel, shape, stats.config, SMS)
-    assert executed(stats) == (counted.loads, counted.stores, counted.mma)
+def totals(loads, stores, mma):
+    """For the eye: bytes and sectors of all buffers."""
+    read, written = (sum(each.bytes for each in traffic.values()) for traffic in (loads, stores))
+    sectors = sum(each.sectors for each in (*loads.values(), *stores.values()))
+    return {"bytes_read": read, "bytes_written": written, "sectors": sectors, "mma": mma}
+
+
+@pytest.fixture
+def assert_counted(request, record_property):
+    """The model counts what ran. Both are left in a JUnit file, for `deco_kernels report`."""
+
+    def compare(kernel, shape, stats):
+        counted = counts(kernel, shape, stats.config, SMS)
+        model = counted.loads, counted.stores, counted.mma
+        sizes = f"{shape.batch} x {shape.tokens_in} -> {shape.tokens_out}"
+        row = {"kernel": kernel, "case": request.node.callspec.id, "tokens": sizes}
+        row |= {"channels": shape.channels, "features": shape.features, "dtype": str(shape.dtype)}
+        for name, value in totals(*executed(stats)).items():
+            row |= {f"executed_{name}": value, f"model_{name}": totals(*model)[name]}
+        record_property("counts", json.dumps(row))
+        assert executed(stats) == model
+
+    return compare
 
 
 @COMPILED
 @pytest.mark.parametrize("case", SHAPES.values(), ids=SHAPES)
-def test_pool_linear_does_what_the_model_counts(case):
+def test_pool_linear_does_what_the_model_counts(assert_counted, case):
     assert_counted("pool_linear", Shape.adaptive(*case), run_pool_linear(*case))
 
 
@@ -84,7 +106,7 @@ def test_candidates_do_what_the_model_counts(tile):
 @COMPILED
 @pytest.mark.parametrize("transposed", [False, True], ids=["forward", "backward"])
 @pytest.mark.parametrize("case", SHAPES.values(), ids=SHAPES)
-def test_pool_does_what_the_model_counts(case, transposed):
+def test_pool_does_what_the_model_counts(assert_counted, case, transposed):
     batch, grid_in, grid_out, channels, _, dtype = case
     shape = Shape.adaptive(*case, transposed)
     table = Stencil.adaptive(grid_in, grid_out).tables("cpu", FP32)[transposed]
@@ -95,7 +117,7 @@ def test_pool_does_what_the_model_counts(case, transposed):
 
 @COMPILED
 @pytest.mark.parametrize("case", SHAPES.values(), ids=SHAPES)
-def test_dact_linear_does_what_the_model_counts(case):
+def test_dact_linear_does_what_the_model_counts(assert_counted, case):
     shape = Shape.adaptive(*case)
     dy, z = torch.randn(shape.rows, shape.channels), torch.randn(shape.rows, shape.features)
     w = torch.randn(shape.channels, shape.features)

@@ -17,11 +17,14 @@ def tables(dtype=torch.float32):
 def test_opcheck(batch):
     x, w = torch.randn(batch, 21, 6)[:, 1:], torch.randn(7, 6)
     rows, columns = tables()
-    opcheck(OPS.pool.default, (x, *rows, torch.float32, "eager"))
-    opcheck(OPS.pool.default, (torch.randn(batch, 9, 6).half(), *columns, torch.float16, "eager"))
+    opcheck(OPS.pool.default, (x, *rows, torch.float32, None, "eager"))
+    opcheck(OPS.pool.default, (x, *rows, torch.float32, "silu", "eager"))
+    dp = torch.randn(batch, 9, 6).half()
+    opcheck(OPS.pool.default, (dp, *columns, torch.float16, None, "eager"))
+    opcheck(OPS.dact_pool.default, (dp.float(), *columns[:3], x, "gelu", "eager"))
     for activation, keep_z in ((None, True), ("gelu", True), ("gelu", False)):
         for bias in (None, torch.randn(7)):
-            opcheck(OPS.pool_linear.default, (x, *rows, w, bias, activation, keep_z, "eager"))
+            opcheck(OPS.pool_linear.default, (x, *rows, w, bias, activation, keep_z, None, "eager"))
     dy, z = torch.randn(9 * batch, 7), torch.randn(9 * batch, 6)
     for want_g in (True, False):
         for want_db in (True, False):
@@ -31,7 +34,7 @@ def test_opcheck(batch):
 def test_operators_refuse_to_be_differentiated():
     rows, _ = tables()
     with pytest.raises(RuntimeError, match="operators do not differentiate"):
-        OPS.pool(torch.randn(1, 20, 6, requires_grad=True), *rows, torch.float32, "eager")
+        OPS.pool(torch.randn(1, 20, 6, requires_grad=True), *rows, torch.float32, None, "eager")
 
 
 @pytest.mark.parametrize("layer_num", [1, 2, 3])

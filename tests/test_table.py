@@ -13,7 +13,7 @@ import triton
 from deco_kernels.aot import search
 from deco_kernels.aot import triton as jit
 from deco_kernels.kernels.launch import Config
-from deco_kernels.tuning import config_for, predict, rank, table
+from deco_kernels.tuning import config_for, rank, table, tables
 from deco_kernels.tuning.chips import CHIPS
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -185,10 +185,12 @@ def test_it_is_an_error_if_nothing_ships(compiler):
 
 def test_the_report_shows_the_fastest_that_was_refused(monkeypatch):
     refused = table.Refused(rank.candidates("pool_linear", 2)[0], 1.0, "spills 8 bytes in a form")
-    monkeypatch.setattr(predict, "refused_for", lambda *_: (refused, None))
-    lines = predict.report(["H100"]).splitlines()
+    monkeypatch.setattr(tables, "refused_for", lambda *_: (refused, None))
+    lines = tables.report(["H100"]).splitlines()
     assert [line.split()[:2] for line in lines if line.startswith("H100 ")] == [
-        *[["H100", "shipped"], ["H100", "refused"]] * 2,
+        *[["H100", "shipped"], ["H100", "refused"]],
+        *(["H100", images] for images in ("1", "8", "64")),
+        *[["H100", "shipped"], ["H100", "refused"]],
         ["H100", "90"],
         *[["H100", "shipped"], ["H100", "refused"]],
     ]

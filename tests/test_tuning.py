@@ -19,6 +19,7 @@ from deco_kernels.tuning.chips import CHIPS
 BF16, CUDA = torch.bfloat16, torch.device("cuda", 0)
 FORWARD = Call.pool_linear((64, 576, 1024), (144, 4), (4096, 1024), BF16, True)
 BACKWARD = Call.dact_linear(64 * 144, (4096, 4096), BF16)
+BUCKET = FORWARD.bucket()
 TIMES = {"triton": 30.0, "composed": 20.5, "eager": 40.0}
 
 
@@ -59,14 +60,14 @@ def test_calls_of_one_bucket_are_alike():
     def call(images):
         return Call.pool_linear((images, 576, 1024), (144, 4), (4096, 1024), BF16, True)
 
-    assert call(57) == call(64) == call(113) != call(114)
-    assert call(0).rows == 1
-    assert {call(i).rows for i in range(1, 200)} == {2**n for n in range(8, 16)}
+    assert call(57).bucket() == call(64).bucket() == call(113).bucket() != call(114).bucket()
+    assert {call(i).bucket().rows for i in range(200)} == {2**n for n in range(7, 16)}
+    assert [call(i).rows for i in (0, 1, 8)] == [128, 256, 1152]  # the model knows of panels
 
 
 def test_what_was_measured_decides(gpu):
     assert backends.fastest(CUDA, FORWARD).backend == "triton"
-    cache.store(0, {FORWARD: TIMES, BACKWARD: {"triton": 2.0, "eager": 1.0}})
+    cache.store(0, {FORWARD.bucket(): TIMES, BACKWARD.bucket(): {"triton": 2.0, "eager": 1.0}})
     backends._fastest.cache_clear()
     choice = backends.fastest(CUDA, FORWARD)
     assert choice == ("composed", "measured microseconds: composed 20.5, triton 30, eager 40")
@@ -77,7 +78,7 @@ def test_what_was_measured_decides(gpu):
 
 @pytest.mark.parametrize("chip", CHIPS.values(), ids=CHIPS)
 @pytest.mark.parametrize("call", [FORWARD, BACKWARD], ids=["forward", "backward"])
-@pytest.mark.parametrize("rows", [64, 1024, 16384])
+@pytest.mark.parametrize("rows", [128, 1152, 16384])
 def test_the_model_decides_where_nothing_was_measured(gpu, chip, call, rows):
     gpu(chip.driver_name)
     call = call._replace(rows=rows)
@@ -122,7 +123,7 @@ def test_what_the_driver_says_of_an_unlisted_chip(gpu):
 
 
 def test_a_measured_cuda_kernel_is_taken_only_if_it_can_run(gpu, monkeypatch):
-    cache.store(0, {FORWARD: {"cuda": 1.0, "composed": 2.0}})
+    cache.store(0, {BUCKET: {"cuda": 1.0, "composed": 2.0}})
     monkeypatch.setattr(backends.get("cuda"), "unusable", lambda device, dtype: None)
     monkeypatch.setattr(backends.get("cuda"), "prepare", lambda device: None)
     assert backends.fastest(CUDA, FORWARD).backend == "cuda"
@@ -150,9 +151,9 @@ def test_the_operators_run_what_wins(monkeypatch, winner):
     table = Stencil.adaptive((4, 4), (2, 2)).tables("cpu", torch.float32)[0]
     x, w, z = (torch.randn(*s).half() for s in ((2, 16, 64), (64, 64), (8, 64)))
     with simulated(80) as launches:
-        p, _, g = ops.pool_linear(x, table, w, None, "gelu", True, "auto")
+        p, _, g = ops.pool_linear(x, table, w, None, "gelu", True, None, "auto")
         _, again, _ = ops.dact_linear(z, w, z, True, True, "auto")
-        pooled = ops.pool(x, table, torch.half, "auto")
+        pooled = ops.pool(x, table, torch.half, None, "auto")
     kernels = [stats.kernel.removesuffix("_kernel") for stats in launches]
     assert (
         kernels
@@ -169,7 +170,7 @@ def test_the_operators_run_what_wins(monkeypatch, winner):
 
 
 def test_explain_says_who_and_why(gpu, monkeypatch):
-    cache.store(0, {FORWARD: TIMES})
+    cache.store(0, {BUCKET: TIMES})
     fused = FusedAvgPoolProjector(2, 144, 1024, 4096).to("meta", BF16)
     monkeypatch.setattr("deco_kernels.projector.choose", lambda *_: Choice("auto", "it is here"))
     monkeypatch.setattr(
@@ -179,7 +180,7 @@ def test_explain_says_who_and_why(gpu, monkeypatch):
     plan = fused.explain(torch.empty(64, 576, 1024, device="meta", dtype=BF16))
     assert plan.backend == "composed"
     assert "4 tokens to one: composed (measured microseconds: composed 20.5" in plan.reason
-    assert "dact_linear and gelu bfloat16 [16384, 4096] -> [16384, 4096]: triton" in plan.reason
+    assert "dact_linear and gelu bfloat16 [9216, 4096] -> [9216, 4096]: triton" in plan.reason
     wide = torch.empty(1, 512, 1024, device="meta", dtype=BF16)
     assert fused.explain(wide, grid=(16, 32)).path == "fused"
 
@@ -208,7 +209,7 @@ def damage(**changed):
     ],
 )
 def test_a_corrupt_or_foreign_file_is_ignored_with_one_warning(gpu, write, reason):
-    file = cache.store(0, {FORWARD: TIMES})
+    file = cache.store(0, {BUCKET: TIMES})
     file.write_text(write(json.loads(file.read_text())))
     with pytest.warns(UserWarning, match=f"is ignored: it is .*{reason}.* tune` writes a new"):
         assert cache.load(0) == {}
@@ -220,24 +221,24 @@ def test_a_corrupt_or_foreign_file_is_ignored_with_one_warning(gpu, write, reaso
 
 
 def test_storing_adds_and_leaves_no_other_files(gpu):
-    cache.store(0, {FORWARD: TIMES})
-    file = cache.store(0, {BACKWARD: TIMES, FORWARD: {"eager": 5.0}})
-    assert cache.load(0) == {FORWARD: {"eager": 5.0}, BACKWARD: TIMES}
+    cache.store(0, {BUCKET: TIMES})
+    file = cache.store(0, {BACKWARD: TIMES, BUCKET: {"eager": 5.0}})
+    assert cache.load(0) == {BUCKET: {"eager": 5.0}, BACKWARD: TIMES}
     assert {f.name for f in file.parent.iterdir()} <= {file.name, f"{file.name}.lock"}
     assert file.name == "NVIDIA-H100-80GB-HBM3.json"
 
 
 def test_a_killed_writer_leaves_the_old_file(gpu, monkeypatch):
-    cache.store(0, {FORWARD: TIMES})
+    cache.store(0, {BUCKET: TIMES})
 
     def killed(*_):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(os, "replace", killed)
     with pytest.raises(KeyboardInterrupt):
-        cache.store(0, {FORWARD: {"eager": 5.0}})
+        cache.store(0, {BUCKET: {"eager": 5.0}})
     cache._load.cache_clear()
-    assert cache.load(0) == {FORWARD: TIMES}
+    assert cache.load(0) == {BUCKET: TIMES}
 
 
 def test_no_file_is_no_reason_to_warn(gpu):
@@ -264,7 +265,7 @@ def test_tune_measures_stores_and_auto_obeys(gpu, monkeypatch, capsys):
         return backends.get("eager")
 
     monkeypatch.setattr(tune, "get", verbs)
-    tune.run((4, 4), 4, 16, 32, batch=(1, 2, 3), dtype="tf32")
+    tune.run((16, 16), 64, 16, 32, batch=(1, 2, 4, 5, 8), dtype="tf32")
     rounds = 6 * (tune.WARMUP + tune.ROUNDS)  # two verbs, three buckets of rows
     assert {b: calls.count(b) for b in calls} == dict.fromkeys(
         ("triton", "composed", "eager"), rounds
@@ -272,7 +273,7 @@ def test_tune_measures_stores_and_auto_obeys(gpu, monkeypatch, capsys):
     assert calls[:6] == ["triton", "composed", "eager", "composed", "eager", "triton"]
     stored = cache.load(0)
     assert {(call.verb, call.rows) for call in stored} == {
-        (verb, rows) for verb in ("pool_linear", "dact_linear") for rows in (4, 8, 16)
+        (verb, rows) for verb in ("pool_linear", "dact_linear") for rows in (128, 256, 512)
     }
     out = capsys.readouterr().out
     assert "skip cuda: a test" in out

@@ -72,6 +72,7 @@ def test_what_is_kept_is_made_outside_this_threads_memory_pool(fake_cuda):
     assert fake_cuda.made[0] != threading.get_ident()
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 @pytest.mark.parametrize("backend", ["triton", "cuda"])
 def test_replays_and_streams_on_a_gpu(backend):

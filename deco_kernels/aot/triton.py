@@ -51,8 +51,19 @@ def _pool(dtype: torch.dtype, out: torch.dtype, geometry: Geometry, backward: bo
     verbs.pool(_meta(BATCH, tokens[0] * tokens[1], CHANNELS, dtype=dtype), table, out)
 
 
+def _dact_pool(dtype: torch.dtype, geometry: Geometry, act: str) -> None:
+    stencil = Stencil.adaptive(*geometry)
+    dp, z = (_meta(BATCH, n, CHANNELS, dtype=dtype) for n in (stencil.n_out, stencil.n_in))
+    verbs.dact_pool(dp, stencil.tables("meta", torch.float32)[1], z, act)
+
+
 def _pool_linear(
-    x: torch.dtype, w: torch.dtype, geometry: Geometry, activation: str | None, keep_z: bool
+    x: torch.dtype,
+    w: torch.dtype,
+    geometry: Geometry,
+    activation: str | None,
+    keep_z: bool,
+    act: str | None = None,
 ) -> None:
     stencil = Stencil.adaptive(*geometry)
     verbs.pool_linear(
@@ -62,6 +73,7 @@ def _pool_linear(
         _meta(FEATURES, dtype=w),
         activation,
         keep_z,
+        act,
     )
 
 
@@ -104,6 +116,9 @@ def cases() -> dict[str, Callable[[], None]]:
             f"{product} gelu 576->144 inference": partial(linear, REGULAR, "gelu", False),
             f"{product} gelu 729->196": partial(linear, RAGGED, "gelu", True),
             f"{product} gelu 576->1": partial(linear, GLOBAL, "gelu", True),
+            f"{product} act linear 576->144": partial(linear, REGULAR, None, True, "gelu"),
+            f"{product} act linear 729->196": partial(linear, RAGGED, None, True, "gelu_tanh"),
+            f"{name} act pool backward": partial(_dact_pool, dtype, RAGGED, "gelu"),
             f"{product} dz, g and db": partial(_dact_linear, dtype, True, True),
             f"{product} dz": partial(_dact_linear, dtype, False, False),
             f"{name} elementwise dz, g and db": partial(_dgelu, dtype, True, True),

@@ -24,9 +24,14 @@ def unusable(device: torch.device, dtype: torch.dtype) -> str | None:
     return without
 
 
-def pool(x: torch.Tensor, table: Table, dtype: torch.dtype) -> torch.Tensor:
-    """[B, n_in, K] -> [B, rows, K] of ``dtype``; sums in float32."""
-    return _kernels(x.device).pool(x, table, dtype)
+def pool(x: torch.Tensor, table: Table, dtype: torch.dtype, act: str | None = None) -> torch.Tensor:
+    """act(x) [B, n_in, K] -> [B, rows, K] of ``dtype``; sums in float32."""
+    return _kernels(x.device).pool(x, table, dtype, act)
+
+
+def dact_pool(dp: torch.Tensor, table: Table, z: torch.Tensor, act: str) -> torch.Tensor:
+    """``dz`` = (Sᵀ dp) * act'(z), by the transposed table: [B, rows, K] of z's dtype."""
+    return _kernels(z.device).dact_pool(dp, table, z, act)
 
 
 def pool_linear(
@@ -36,9 +41,10 @@ def pool_linear(
     bias: torch.Tensor | None,
     activation: str | None,
     keep_z: bool,
+    act: str | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-    """``p`` = S x, ``z`` = p wᵀ + bias and ``g`` = gelu(z)."""
-    return eager.linear(pool(x, table, w.dtype), w, bias, activation, keep_z)
+    """``p`` = S act(x), ``z`` = p wᵀ + bias and ``g`` = gelu(z)."""
+    return eager.linear(pool(x, table, w.dtype, act), w, bias, activation, keep_z)
 
 
 def dact_linear(

@@ -43,12 +43,20 @@ def fuses(device: torch.device, dtype: torch.dtype) -> bool:
     return tf32 and chip_of(device).arch >= 80
 
 
-def pool(x: torch.Tensor, table: Table, dtype: torch.dtype) -> torch.Tensor:
-    """[B, n_in, K] -> [B, rows, K] of ``dtype``; sums in float32."""
+def pool(x: torch.Tensor, table: Table, dtype: torch.dtype, act: str | None = None) -> torch.Tensor:
+    """act(x) [B, n_in, K] -> [B, rows, K] of ``dtype``; sums in float32."""
     p = x.new_empty(x.shape[0], table.index.shape[0], x.shape[2], dtype=dtype)
     if p.numel():
-        extension.operators(x.device).pool(x, *table[:3], p)
+        extension.operators(x.device).pool(x, *table[:3], act, None, p)
     return p
+
+
+def dact_pool(dp: torch.Tensor, table: Table, z: torch.Tensor, act: str) -> torch.Tensor:
+    """``dz`` = (Sᵀ dp) * act'(z), by the transposed table: [B, rows, K] of z's dtype."""
+    dz = z.new_empty(z.shape)
+    if dz.numel():
+        extension.operators(z.device).pool(dp, *table[:3], act, z, dz)
+    return dz
 
 
 def pool_linear(
@@ -58,10 +66,11 @@ def pool_linear(
     bias: torch.Tensor | None,
     activation: str | None,
     keep_z: bool,
+    act: str | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-    """``p`` = S x, ``z`` = p wᵀ + bias and ``g`` = gelu(z), in one launch."""
+    """``p`` = S act(x), ``z`` = p wᵀ + bias and ``g`` = gelu(z), in one launch."""
     if not fuses(x.device, w.dtype):
-        return eager.linear(pool(x, table, w.dtype), w, bias, activation, keep_z)
+        return eager.linear(pool(x, table, w.dtype, act), w, bias, activation, keep_z)
     shape = x.shape[0], table.index.shape[0]
     p = w.new_empty(*shape, w.shape[1])
     z = w.new_empty(*shape, w.shape[0]) if keep_z else None
@@ -70,7 +79,7 @@ def pool_linear(
         ops = extension.operators(x.device)
         workspace = workspace_for(x.device, ops.workspace_size(shape[0] * shape[1]))
         sms = chip_of(x.device).sms
-        ops.pool_linear(x, *table[:3], w, bias, p, z, g, workspace, sms)
+        ops.pool_linear(x, *table[:3], act, w, bias, p, z, g, workspace, sms)
     return p, z, g
 
 

@@ -47,12 +47,20 @@ def _config(kernel: str, t: torch.Tensor) -> Config:
     return config_for(kernel, t.dtype, chip_of(t.device).arch)
 
 
-def pool(x: torch.Tensor, table: Table, dtype: torch.dtype) -> torch.Tensor:
-    """[B, n_in, K] -> [B, rows, K] of ``dtype``; sums in float32."""
+def pool(x: torch.Tensor, table: Table, dtype: torch.dtype, act: str | None = None) -> torch.Tensor:
+    """act(x) [B, n_in, K] -> [B, rows, K] of ``dtype``; sums in float32."""
     p = x.new_empty(x.shape[0], table.index.shape[0], x.shape[2], dtype=dtype)
     if p.numel():
-        pool_kernel.pool(x, *table[:3], p, _config("pool", x))
+        pool_kernel.pool(x, *table[:3], p, _config("pool", x), act)
     return p
+
+
+def dact_pool(dp: torch.Tensor, table: Table, z: torch.Tensor, act: str) -> torch.Tensor:
+    """``dz`` = (Sᵀ dp) * act'(z), by the transposed table: [B, rows, K] of z's dtype."""
+    dz = z.new_empty(z.shape)
+    if dz.numel():
+        pool_kernel.pool(dp, *table[:3], dz, _config("pool", z), act, z)
+    return dz
 
 
 def pool_linear(
@@ -62,17 +70,18 @@ def pool_linear(
     bias: torch.Tensor | None,
     activation: str | None,
     keep_z: bool,
+    act: str | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-    """``p`` = S x, ``z`` = p wᵀ + bias and ``g`` = gelu(z), in one launch."""
+    """``p`` = S act(x), ``z`` = p wᵀ + bias and ``g`` = gelu(z), in one launch."""
     if not fuses(w.device, w.dtype):
-        return eager.linear(pool(x, table, w.dtype), w, bias, activation, keep_z)
+        return eager.linear(pool(x, table, w.dtype, act), w, bias, activation, keep_z)
     shape = x.shape[0], table.index.shape[0]
     p = w.new_empty(*shape, w.shape[1])
     z = w.new_empty(*shape, w.shape[0]) if keep_z else None
     g = None if activation is None else w.new_empty(*shape, w.shape[0])
     if p.numel():
         config = _config("pool_linear", w)
-        pool_linear_kernel.pool_linear(x, *table[:3], w, bias, p, z, g, "tf32", config)
+        pool_linear_kernel.pool_linear(x, *table[:3], w, bias, p, z, g, "tf32", config, act)
     return p, z, g
 
 

@@ -4,7 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .gelu import gelu_and_slope
+from .activations import gelu_and_slope
 from .launch import Config, launch
 from .tile import halves
 

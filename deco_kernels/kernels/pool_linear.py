@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .gelu import gelu
+from .activations import gelu
 from .launch import Config, chip_of, launch
 from .pool import gather
 from .tile import halves
@@ -37,13 +37,16 @@ def pool_task(
     stride_xk,
     T: tl.constexpr,
     RAGGED: tl.constexpr,
+    ACT: tl.constexpr,
     PM: tl.constexpr,
     PK: tl.constexpr,
 ):
     rm = row + tl.arange(0, PM)
     for k in tl.range(0, K, PK, num_stages=1):
         rk = k + tl.arange(0, PK)
-        acc = gather(x, index, weight, rm, rk, M, MO, K, stride_xb, stride_xn, stride_xk, T, RAGGED)
+        acc = gather(
+            x, index, weight, rm, rk, M, MO, K, stride_xb, stride_xn, stride_xk, T, RAGGED, ACT
+        )
         out = p + rm.to(tl.int64)[:, None] * K + rk[None, :]
         tl.store(out, acc.to(p.dtype.element_ty), mask=(rm < M)[:, None] & (rk < K)[None, :])
 
@@ -128,6 +131,7 @@ def pool_linear_kernel(
     stride_wk,
     T: tl.constexpr,
     RAGGED: tl.constexpr,
+    ACT: tl.constexpr,
     PRECISION: tl.constexpr,
     PM: tl.constexpr,
     PK: tl.constexpr,
@@ -155,7 +159,7 @@ def pool_linear_kernel(
         if slot < SLOTS:
             pool_task(
                 x, index, weight, p, panel * BM + slot * PM,
-                M, MO, K, stride_xb, stride_xn, stride_xk, T, RAGGED, PM, PK,
+                M, MO, K, stride_xb, stride_xn, stride_xk, T, RAGGED, ACT, PM, PK,
             )  # fmt: skip
             tl.debug_barrier()  # all warps' rows are written before one thread raises the flag
             tl.atomic_add(flags + panel, 1, sem="release")
@@ -186,8 +190,9 @@ def pool_linear(
     g: torch.Tensor | None,
     precision: str,
     config: Config,
+    act: str | None = None,
 ) -> None:
-    """Fill ``p`` [B, MO, K] = S x, ``z`` [B, MO, N] = p wᵀ + bias and ``g`` = gelu(z)."""
+    """Fill ``p`` [B, MO, K] = S act(x), ``z`` [B, MO, N] = p wᵀ + bias and ``g`` = gelu(z)."""
     (batch, tokens, channels), features, window = p.shape, w.shape[0], index.shape[1]
     m, tiles = batch * tokens, config.tiles
     panels, slots = triton.cdiv(m, tiles["BM"]), tiles["BM"] // tiles["PM"]
@@ -220,5 +225,6 @@ def pool_linear(
         stride_wk=w.stride(1),
         T=window,
         RAGGED=ragged,
+        ACT=act,
         PRECISION=precision,
     )

@@ -7,6 +7,8 @@ import torch
 
 from .model import Shape
 
+PANEL = 128  # rows, which all tiles divide or are
+
 
 class Call(NamedTuple):
     """A call of a verb; calls that are alike are equal.
@@ -14,7 +16,7 @@ class Call(NamedTuple):
     Attributes:
         verb: "pool_linear" or "dact_linear".
         dtype: of the product; float32 is TF32.
-        rows: of the product, rounded up to a power of two.
+        rows: of the product, rounded up to whole panels of 128.
         compression: tokens before pooling for one after it, rounded to tenths; 0 without pooling.
         window: tokens pooled into one, at most; 0 without pooling.
         channels: what the product sums over.
@@ -42,13 +44,17 @@ class Call(NamedTuple):
     ) -> "Call":
         """For tokens of shape [B, n_in, K], a gather table [n_out, T] and a weight [N, K]."""
         (batch, tokens_in, channels), (tokens_out, window), (features, _) = x, table, w
-        rows, compression = _bucket(batch * tokens_out), round(tokens_in / tokens_out, 1)
+        rows, compression = _panels(batch * tokens_out), round(tokens_in / tokens_out, 1)
         return cls("pool_linear", dtype, rows, compression, window, channels, features, activation)
 
     @classmethod
     def dact_linear(cls, rows: int, w: Sequence[int], dtype: torch.dtype) -> "Call":
         """For a gradient with so many rows and a weight [K, N]."""
-        return cls("dact_linear", dtype, _bucket(rows), 0.0, 0, *w, True)
+        return cls("dact_linear", dtype, _panels(rows), 0.0, 0, *w, True)
+
+    def bucket(self) -> "Call":
+        """With so many rows as a measurement stands for: a power of two."""
+        return self._replace(rows=1 << (self.rows - 1).bit_length())
 
     def shape(self) -> Shape:
         """For the cost model, which wants sizes that 16 divides."""
@@ -66,6 +72,6 @@ class Call(NamedTuple):
         return f"{self.verb}{gelu} {name} {sizes}{pooling}"
 
 
-def _bucket(rows: int) -> int:
-    """Up to the next power of two."""
-    return 1 << max(0, rows - 1).bit_length()
+def _panels(rows: int) -> int:
+    """Up to whole panels, and at least one."""
+    return max(1, -(-rows // PANEL)) * PANEL

@@ -8,6 +8,7 @@ from .chips import ChipFigures, figures_of
 from .predict import Assumptions, Predictor
 from .table import config_for
 
+BY_DEFAULT = Assumptions()
 WGMMA = 90  # from this compute capability on, mma.sync does not reach the tensor cores' rate
 
 
@@ -28,7 +29,7 @@ def ranking(index: int, kernels: str, call: Call) -> Ranking:
         kernels: "triton" or "cuda": whose kernels are predicted where nothing was measured.
         call: what is to be computed.
     """
-    measured = cache.load(index).get(call)
+    measured = cache.load(index).get(call.bucket())
     if measured:
         return Ranking(_sorted(measured), "measured")
     chip = figures_of(index)
@@ -39,13 +40,15 @@ def _sorted(times: dict[str, float]) -> dict[str, float]:
     return dict(sorted(times.items(), key=lambda item: item[1]))
 
 
-def predicted(chip: ChipFigures, kernels: str, call: Call) -> dict[str, float]:
+def predicted(
+    chip: ChipFigures, kernels: str, call: Call, given: Assumptions = BY_DEFAULT
+) -> dict[str, float]:
     """Microseconds by the cost model, by backend.
 
     The fused kernel is left out where the model is not for it: a size that 8 does not divide, and
     CUDA C++ on chips whose tensor cores want more than mma.sync.
     """
-    shape, predictor = call.shape(), Predictor(chip, Assumptions())
+    shape, predictor = call.shape(), Predictor(chip, given)
     pools = call.verb == "pool_linear"
     ours = not (call.channels % 8 or call.features % 8)
     ours &= kernels == "triton" or (pools and chip.arch < WGMMA)

@@ -5,6 +5,8 @@
 #define DECO_SM80 1
 
 #pragma GCC visibility push(hidden)
+static inline float ex2(float v) { return exp2f(v); }
+static inline float rcp(float v) { return 1 / v; }
 static inline int ld_acquire(const int* p, CUDA_HOST_AT) {
   cuda_host::maybe_yield();
   const int v = *p;

@@ -1,4 +1,4 @@
-"""GELU and its derivative, elementwise on float32 blocks."""
+"""Activations and their derivatives, elementwise on float32 blocks."""
 
 import triton
 import triton.language as tl
@@ -36,3 +36,38 @@ def gelu(z, EXACT: tl.constexpr):
 def gelu_and_slope(z, EXACT: tl.constexpr):
     pdf, cdf = normal(z, EXACT)
     return z * cdf, cdf + z * pdf
+
+
+@triton.jit
+def gate(z, ACT: tl.constexpr):
+    """The activations ``z * sigmoid(h(z))``: the sigmoid, and the derivative of h."""
+    tl.static_assert(ACT == "gelu_tanh" or ACT == "silu" or ACT == "quick_gelu")
+    if ACT == "gelu_tanh":  # 0.5 (1 + tanh(u)) = sigmoid(2u), u = sqrt(2 / pi) (z + 0.044715 z^3)
+        square = z * z
+        h = z * (1.5957691216057308 + 0.07135481282553 * square)
+        slope = 1.5957691216057308 + 0.21406443847659 * square
+    elif ACT == "quick_gelu":
+        h, slope = 1.702 * z, 1.702
+    else:
+        h, slope = z, 1.0
+    return tl.fdiv(1.0, 1.0 + tl.exp(-h)), slope
+
+
+@triton.jit
+def act(z, ACT: tl.constexpr, EXACT: tl.constexpr):
+    if ACT == "gelu":
+        y = gelu(z, EXACT)
+    else:
+        s, _ = gate(z, ACT)
+        y = z * s
+    return y
+
+
+@triton.jit
+def act_slope(z, ACT: tl.constexpr, EXACT: tl.constexpr):
+    if ACT == "gelu":
+        _, dy = gelu_and_slope(z, EXACT)
+    else:
+        s, slope = gate(z, ACT)
+        dy = s + z * slope * s * (1.0 - s)
+    return dy

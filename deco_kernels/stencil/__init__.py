@@ -1,0 +1,312 @@
+"""Which tokens, which weights? Every pooling is a sparse matrix ``P = S X``; this is S."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import lru_cache, partial
+from itertools import accumulate
+from math import prod
+
+import torch
+from torch.utils._python_dispatch import _disable_current_modes
+
+from ..checks import check_count
+from . import geometry as names
+from . import packed, positions
+from .geometry import adaptive_grids
+from .table import Pair, Table, check_entries, concatenated
+
+__all__ = ["Stencil", "Table", "adaptive_grids"]
+
+
+class Stencil:
+    """A pooling of ``n_in`` tokens to ``n_out`` tokens, as two gather tables.
+
+    Build one with a constructor such as :meth:`Stencil.adaptive`. It is immutable. A stencil of one
+    grid is no more than a name; the tables of a name are built once and kept on every device that
+    asks for them. :meth:`packed`, :meth:`from_position_ids` and :meth:`concat` build their tables
+    at once, for the CPU, and must be called outside of a compiled function: pass it the stencil.
+
+    Grids have one to three axes: (length,), (height, width) or (time, height, width). Their tokens
+    are in order of the last axis first, row by row.
+
+    Attributes:
+        geometry: the constructor and its arguments, as "adaptive 24x24 12x12".
+        n_in: number of input tokens.
+        n_out: number of output tokens.
+        lengths: number of output tokens of every image of a pack, sample of a batch of position
+            ids, or part of a concatenation; else one number. ``p[0].split(stencil.lengths)``.
+    """
+
+    __slots__ = ("_source", "_tables", "geometry", "lengths", "n_in", "n_out")
+
+    def __init__(
+        self,
+        geometry: str,
+        n_in: int,
+        n_out: int,
+        lengths: tuple[int, ...] | None = None,
+        source: Callable[[torch.dtype], Pair] | None = None,
+    ) -> None:
+        """For the constructors; ``source`` makes the tables on the CPU if the name cannot."""
+        self.geometry, self.n_in, self.n_out = geometry, n_in, n_out
+        self.lengths = lengths or (n_out,)
+        self._source, self._tables = source, None
+        if source is not None:
+            with _plain():
+                self._tables = {(torch.device("cpu"), torch.float32): source(torch.float32)}
+
+    def __repr__(self) -> str:
+        return f"Stencil({self.geometry}: {self.n_in} -> {self.n_out} tokens)"
+
+    @property
+    def cu_seqlens(self) -> torch.Tensor:
+        """Where the outputs of every image start and end: int32 [len(lengths) + 1], on the CPU."""
+        ends = list(accumulate(self.lengths, initial=0))
+        return torch.tensor(ends, dtype=torch.int32, device="cpu")
+
+    @property
+    def sums_to_one(self) -> bool:
+        """Whether every output is an average.
+
+        A linear layer with a bias may change places with the pooling only then. Zeros that count
+        as padding and cells with missing tokens break it.
+        """
+        rows, _ = self.tables("cpu", torch.float64)
+        return bool(((rows.weight.sum(1) - 1).abs() < 1e-9).all())
+
+    @classmethod
+    def adaptive(cls, grid_in: Sequence[int], grid_out: Sequence[int]) -> "Stencil":
+        """Adaptive average pooling of a grid of one to three axes.
+
+        The windows are those of ``torch.nn.AdaptiveAvgPool{1,2,3}d``: output o of an axis averages
+        inputs ``floor(o*in/out)`` up to ``ceil((o+1)*in/out)``. They may overlap, differ in size,
+        and ``grid_out`` may be larger than ``grid_in``.
+
+        Raises:
+            TypeError, ValueError: a grid is not one to three positive integers, or they have not
+                as many axes, or more tokens than an int32 counts.
+        """
+        grid_in = names.check_grid("grid_in", grid_in)
+        return cls.adaptive_checked(grid_in, names.check_grid("grid_out", grid_out, grid_in))
+
+    @classmethod
+    def adaptive_checked(cls, grid_in: tuple[int, ...], grid_out: tuple[int, ...]) -> "Stencil":
+        """:meth:`adaptive` for grids that a caller has checked."""
+        return cls._named(names.adaptive(grid_in, grid_out), grid_in, grid_out)
+
+    @classmethod
+    def area(cls, grid_in: Sequence[int], grid_out: Sequence[int]) -> "Stencil":
+        """``F.interpolate(mode="area")`` to a size, which is :meth:`adaptive`."""
+        return cls.adaptive(grid_in, grid_out)
+
+    @classmethod
+    def bilinear(
+        cls, grid_in: Sequence[int], grid_out: Sequence[int], align_corners: bool = False
+    ) -> "Stencil":
+        """Linear interpolation to a size, along all axes; no antialiasing.
+
+        That of ``F.interpolate`` with mode "linear", "bilinear" or "trilinear". Shrinking by more
+        than 2 skips tokens.
+
+        Raises:
+            TypeError, ValueError: as :meth:`adaptive`.
+        """
+        grid_in = names.check_grid("grid_in", grid_in)
+        grid_out = names.check_grid("grid_out", grid_out, grid_in)
+        return cls._named(names.bilinear(grid_in, grid_out, align_corners), grid_in, grid_out)
+
+    @classmethod
+    def fixed(
+        cls,
+        grid_in: Sequence[int],
+        kernel: int | Sequence[int],
+        stride: int | Sequence[int] | None = None,
+        padding: int | Sequence[int] = 0,
+        ceil_mode: bool = False,
+        count_include_pad: bool = True,
+    ) -> "Stencil":
+        """Average pooling by windows of one size, as ``F.avg_pool{1,2,3}d``.
+
+        Args:
+            grid_in: one to three axes.
+            kernel, stride, padding: one int, or one for each axis; the stride is the kernel unless
+                it is given.
+            ceil_mode: whether a window that begins inside but ends outside counts too.
+            count_include_pad: whether padding counts as zeros. Then windows at the border do not
+                sum to one, see :attr:`sums_to_one`.
+
+        Raises:
+            TypeError, ValueError: as :meth:`adaptive`; the padding is more than half the kernel, or
+                the kernel exceeds the padded grid.
+        """
+        grid_in = names.check_grid("grid_in", grid_in)
+        kernel = names.check_per_axis("kernel", kernel, len(grid_in), least=1)
+        stride = kernel if stride is None else stride
+        stride = names.check_per_axis("stride", stride, len(grid_in), least=1)
+        padding = names.check_per_axis("padding", padding, len(grid_in), least=0)
+        name = names.fixed(grid_in, kernel, stride, padding, ceil_mode, count_include_pad)
+        return cls._named(name, grid_in, names.options(name)[2])
+
+    @classmethod
+    def identity(cls, n: int) -> "Stencil":
+        """``n`` tokens that pass as they are; for :meth:`concat`."""
+        n = check_count("n", n)
+        return cls._named(f"identity {n}", (n,), (n,))
+
+    @classmethod
+    def _named(cls, name: str, grid_in: tuple[int, ...], grid_out: tuple[int, ...]) -> "Stencil":
+        n_in, n_out = prod(grid_in), prod(grid_out)
+        names.check_tokens("grid_in", n_in)
+        names.check_tokens("the pooled grid", n_out)
+        return cls(name, n_in, n_out)
+
+    @classmethod
+    def concat(cls, stencils: Sequence["Stencil"]) -> "Stencil":
+        """Several poolings, each of the tokens behind those of the one before.
+
+        ``Stencil.concat([Stencil.identity(1), Stencil.adaptive(grid_in, grid_out)])`` keeps a
+        class token in front of the pooled ones.
+
+        Raises:
+            TypeError: not a list of stencils.
+            ValueError: it is empty, or they have more tokens than an int32 counts.
+        """
+        stencils = tuple(stencils)
+        for i, stencil in enumerate(stencils):
+            if not isinstance(stencil, Stencil):
+                raise TypeError(f"stencils[{i}] must be a Stencil, got {type(stencil).__name__}")
+        if not stencils:
+            raise ValueError("stencils must hold a stencil, got none")
+        n_in, lengths = sum(s.n_in for s in stencils), tuple(s.n_out for s in stencils)
+        names.check_tokens("the concatenation", n_in)
+        names.check_tokens("the pooled concatenation", sum(lengths))
+        title = " + ".join(s.geometry for s in stencils)
+        return cls(title, n_in, sum(lengths), lengths, partial(_concatenated, stencils))
+
+    @classmethod
+    def packed(
+        cls,
+        grids: packed.Grids,
+        *,
+        target: Sequence[int] | packed.Grids | None = None,
+        merge: int | None = None,
+        mode: str = "adaptive",
+        cu_seqlens: Sequence[int] | torch.Tensor | None = None,
+        passthrough: int = 0,
+    ) -> "Stencil":
+        """Images of different sizes in one sequence, [1, N, C] or x[None] of a packed [N, C].
+
+        The tokens of an image are row by row, frame by frame, and each frame is pooled by itself.
+        Inside Qwen2-VL's vision tower they are not, but 2x2 block by block: pool behind its merger,
+        with the grids (t, h / 2, w / 2) that it leaves. Nothing here waits for a device.
+
+        Args:
+            grids: (height, width) or (frames, height, width) of every image, as a list or an
+                integer tensor on the CPU, such as ``image_grid_thw``.
+            target: the (height, width) that every frame becomes, for all images or for each.
+            merge: instead of a target, windows of merge x merge tokens.
+            mode: "adaptive" (which is "area"), or "bilinear" without aligned corners.
+            cu_seqlens: where images (or all their frames) start and end, on the CPU. It is only
+                compared with the grids.
+            passthrough: how many tokens in front of every image pass as they are.
+
+        Raises:
+            TypeError, ValueError: the arguments do not fit each other; names the image.
+        """
+        pack = packed.pack(grids, target, merge, mode, cu_seqlens, passthrough)
+        how = "merge" if merge is not None else mode
+        return _packed(f"packed {how}, {len(pack.n_in)} images", pack)
+
+    @classmethod
+    def from_position_ids(cls, position_ids: torch.Tensor, kernel: int) -> "Stencil":
+        """Average kernel x kernel tokens by their positions, leaving out padding, as Gemma 4 does.
+
+        Follows ``Gemma4VisionPooler`` of transformers: cell (x // kernel, y // kernel), row by row,
+        every token weighs 1 / kernel**2 even where a cell has fewer (see :attr:`sums_to_one`), and
+        outputs without tokens are dropped. What stock code would mix up silently is an error here.
+
+        Args:
+            position_ids: (x, y) of every token, integers [batch, tokens, 2] or [tokens, 2] on the
+                CPU; (-1, -1) for padding. The stencil is for the flattened batch: x of shape
+                [batch, tokens, C] becomes x.reshape(1, -1, C).
+            kernel: the side of a cell; divides the width of every image.
+
+        Raises:
+            TypeError: not a tensor of integers, or kernel is not an int.
+            ValueError: ids that are below -1, twice the same, or leave an output empty; an image
+                of nothing but padding, or of a width that the kernel does not divide; not on the
+                CPU.
+        """
+        kernel = check_count("kernel", kernel)
+        with _plain():
+            output, lengths = positions.cells(position_ids, kernel)
+        title = f"positions {kernel}x{kernel}, {len(lengths)} images"
+        source = partial(_by_position, output, sum(lengths), kernel)
+        return cls(title, len(output), sum(lengths), lengths, source)
+
+    def tables(
+        self, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float64
+    ) -> tuple[Table, Table]:
+        """The gather table of the pooled tokens [n_out, T], and its transpose [n_in, U].
+
+        The transpose gathers the gradient of the input tokens, without atomics. ``dtype`` is that
+        of the weights.
+        """
+        if self._tables is None:
+            return _placed(self.geometry, torch.device(device), dtype)
+        key = torch.device(device), dtype
+        tables = self._tables.get(key)
+        if tables is None:
+            if torch.compiler.is_compiling():  # the tables are inputs of a graph, not constants
+                rows, columns = self._tables[torch.device("cpu"), torch.float32]
+                return rows.to(*key, True), columns.to(*key, True)
+            with _plain():
+                rows, columns = self._source(dtype)
+                tables = self._tables[key] = rows.to(*key, True), columns.to(*key, True)
+        return tables
+
+
+@contextmanager
+def _plain() -> Iterator[None]:
+    """What is kept must serve every caller, whatever mode this one is in."""
+    with _disable_current_modes(), torch.inference_mode(False):
+        yield
+
+
+@torch.compiler.assume_constant_result  # a compiled graph takes the tables as they are
+def _placed(geometry: str, device: torch.device, dtype: torch.dtype) -> Pair:
+    return _kept(geometry, device, dtype)
+
+
+@lru_cache(maxsize=2048)
+def _kept(geometry: str, device: torch.device, dtype: torch.dtype) -> Pair:
+    with _plain():
+        rows, columns = names.tables(geometry, dtype)
+        return rows.to(device, dtype), columns.to(device, dtype)
+
+
+@lru_cache(maxsize=8)
+def _packed(title: str, pack: packed.Pack) -> Stencil:
+    source = partial(packed.tables, pack.names)
+    return Stencil(title, sum(pack.n_in), sum(pack.n_out), pack.n_out, source)
+
+
+def _by_position(output: torch.Tensor, n_out: int, kernel: int, dtype: torch.dtype) -> Pair:
+    rows, columns = positions.tables(output, n_out, kernel)
+    return rows.to(output.device, dtype), columns.to(output.device, dtype)
+
+
+def _concatenated(stencils: tuple[Stencil, ...], dtype: torch.dtype) -> Pair:
+    pairs = [stencil.tables("cpu", dtype) for stencil in stencils]
+    spans = [s.n_in for s in stencils], [s.n_out for s in stencils]
+    rows, columns = (
+        _joined(side, span) for side, span in zip(zip(*pairs, strict=True), spans, strict=True)
+    )
+    return rows, columns
+
+
+def _joined(tables: Sequence[Table], spans: Sequence[int]) -> Table:
+    width = max(table.index.shape[1] for table in tables)
+    heights = [table.index.shape[0] for table in tables]
+    check_entries(sum(heights), width)
+    return concatenated([table.widened(width) for table in tables], heights, spans)

@@ -1,0 +1,90 @@
+"""How is a sparse matrix laid out? As two gather tables: its rows, and its columns."""
+
+from collections.abc import Sequence
+from itertools import accumulate
+from typing import NamedTuple
+
+import torch
+
+
+class Table(NamedTuple):
+    """One side of a stencil: for every output row the input rows it sums, and their weights.
+
+    ``index`` [R, T] int32 and ``weight`` [R, T] (float32, or float64 for float64 tokens) on one
+    device. T is the longest window; shorter ones are padded with weight 0 (and an index of the
+    same window, if it has any), and then ``ragged`` is true. ``geometry`` names what torch may
+    have an operator for: the stencil's geometry for its rows, nothing for its columns.
+    """
+
+    index: torch.Tensor
+    weight: torch.Tensor
+    ragged: bool
+    geometry: str
+
+    def to(self, device: torch.device, dtype: torch.dtype, non_blocking: bool = False) -> "Table":
+        """A copy there. ``non_blocking``: for the current stream, and the host does not wait."""
+        pair = self.index, self.weight.to(dtype)
+        if non_blocking and device.type == "cuda" and not torch.compiler.is_compiling():
+            pair = [t.pin_memory() for t in pair]  # copies of other memory wait for the stream
+        index, weight = (t.to(device, non_blocking=non_blocking) for t in pair)
+        return Table(index, weight, self.ragged, self.geometry)
+
+    def widened(self, width: int) -> "Table":
+        """The same rows, padded to ``width`` columns."""
+        missing = width - self.index.shape[1]
+        if not missing:
+            return self
+        last = self.index[:, -1:].expand(-1, missing)
+        zeros = self.weight.new_zeros(1, 1).expand(len(last), missing)
+        index, weight = torch.cat([self.index, last], 1), torch.cat([self.weight, zeros], 1)
+        return Table(index, weight, True, "")
+
+
+CPU = torch.device("cpu")  # said wherever a tensor is made: the caller may have another default
+Pair = tuple[Table, Table]  # rows and columns of one matrix
+
+
+def check_entries(rows: int, width: int) -> None:
+    """A table whose entries an int32 can count."""
+    if rows * width > 2**31 - 1:
+        raise ValueError(
+            f"a table of {rows} rows, as wide as the widest window of {width} tokens, has more"
+            f" entries than an int32 counts"
+        )
+
+
+def table(index: torch.Tensor, weight: torch.Tensor, geometry: str = "") -> Table:
+    """A table of any integer indexes [R, T] and their weights, 0 where there is padding."""
+    ragged = bool((weight == 0).any())
+    return Table(index.int().contiguous(), weight.contiguous(), ragged, geometry)
+
+
+def transposed(index: torch.Tensor, weight: torch.Tensor, n_in: int) -> Table:
+    """The transpose of a table [R, T]: for every input token its outputs, in ascending order."""
+    output, slot = torch.nonzero(weight, as_tuple=True)
+    token, weight = index[output, slot].long(), weight[output, slot]
+    order = torch.sort(token, stable=True).indices
+    token, output, weight = token[order], output[order], weight[order]
+    count = torch.bincount(token, minlength=n_in)
+    first = count.cumsum(0) - count
+    slot = torch.arange(len(token), device=CPU) - first[token]
+    width = max(int(count.max()), 1)
+    # Padding points at the token's own first output, so that no foreign value can leak in.
+    own = output[first.clamp(max=len(output) - 1)]
+    columns, weights = own[:, None].repeat(1, width), weight.new_zeros(n_in, width)
+    columns[token, slot], weights[token, slot] = output, weight
+    return table(columns, weights)
+
+
+def concatenated(tables: Sequence[Table], heights: Sequence[int], spans: Sequence[int]) -> Table:
+    """The block-diagonal matrix of tables of one width.
+
+    ``tables[i]`` has ``heights[i]`` rows and reads ``spans[i]`` rows.
+    """
+    index = tables[0].index.new_empty(sum(heights), tables[0].index.shape[1])
+    # Block by block, not all at once by `repeat_interleave`: small sums need no second thread.
+    starts = accumulate(spans, initial=0)
+    for t, part, start in zip(tables, index.split(heights), starts, strict=False):
+        torch.add(t.index, start, out=part)
+    weight = torch.cat([t.weight for t in tables])
+    return Table(index, weight, any(t.ragged for t in tables), "")

@@ -1,0 +1,179 @@
+"""Is a projector that pools after its MLP computed right with the pool moved before the product?"""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from test_kernels import machine  # noqa: F401
+
+from deco_kernels import Stencil, act_pool_linear
+from deco_kernels.check import Error, _error, float32_matmul
+from deco_kernels.functional import TOKEN_ACTIVATIONS
+from deco_kernels.measure import saved_bytes
+
+GRIDS = {"regular": ((4, 6), (2, 3)), "overlapping": ((5, 7), (3, 4)), "global": ((9, 3), (1, 1))}
+ACTS = {
+    None: lambda z: z,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda z: F.gelu(z, approximate="tanh"),
+    "silu": F.silu,
+    "quick_gelu": lambda z: z * torch.sigmoid(1.702 * z),
+}
+NAMES = "output", "x", "weight", "bias"
+
+
+def stock(x, w, bias, grids, activation):
+    """As models have it: activate, project, pool."""
+    y = F.linear(ACTS[activation](x), w, bias)
+    y = y.mT.unflatten(2, grids[0])
+    return F.adaptive_avg_pool2d(y, grids[1]).flatten(2).mT
+
+
+def run(compute, tensors, dy):
+    x, w, bias = (t.detach().requires_grad_() for t in tensors)
+    y = compute(x, w, bias)
+    return [y, *torch.autograd.grad(y, [x, w, bias], dy)]
+
+
+def errors(tensors, dy, grids, activation, backend) -> list[Error]:
+    stencil = Stencil.adaptive(*grids)
+
+    def ours(x, w, bias):
+        return act_pool_linear(x, w, bias, stencil, activation, backend=backend)
+
+    def eager(x, w, bias):
+        return stock(x, w, bias, grids, activation)
+
+    truth = run(eager, [t.double() for t in tensors], dy.double())
+    runs = run(ours, tensors, dy), run(eager, tensors, dy), truth
+    return [_error(name, *found) for name, *found in zip(NAMES, *runs, strict=True)]
+
+
+def tensors(dtype, grids, batch=2, channels=72, features=40, device="cpu"):
+    n_in, n_out = (grid[0] * grid[1] for grid in grids)
+    x = 2 * torch.randn(batch, n_in + 1, channels, device=device)
+    made = x, torch.randn(features, channels, device=device), torch.randn(features, device=device)
+    x, w, bias = (t.to(dtype) for t in made)
+    return (x[:, 1:], w, bias), torch.randn(batch, n_out, features, device=device).to(dtype)
+
+
+def slack(dtype, grids):
+    """How much more than stock's the error may be, besides one ulp.
+
+    Averaging T outputs averages their rounding errors too, which the product of averaged tokens
+    cannot: in float32 that is up to sqrt(T). In 16 bits other roundings matter, and we have fewer.
+    """
+    window = Stencil.adaptive(*grids).tables()[0].index.shape[1]
+    return window**0.5 if dtype == torch.float32 else 1.0
+
+
+@pytest.mark.parametrize("activation", [None, *TOKEN_ACTIVATIONS])
+@pytest.mark.parametrize("grids", GRIDS.values(), ids=GRIDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_error_on_the_cpu_is_about_that_of_stock(dtype, grids, activation):
+    found = errors(*tensors(dtype, grids), grids, activation, "eager")
+    assert all(e.within(slack(dtype, grids)) for e in found), found
+
+
+@pytest.mark.parametrize(
+    ("dtype", "activation", "grids"),
+    [
+        (torch.bfloat16, "gelu", "regular"),
+        (torch.float16, "silu", "overlapping"),
+        pytest.param(torch.bfloat16, "gelu_tanh", "overlapping", marks=pytest.mark.slow),
+        pytest.param(torch.float16, "quick_gelu", "global", marks=pytest.mark.slow),
+        pytest.param(torch.float16, "gelu", "global", marks=pytest.mark.slow),
+    ],
+)
+def test_16_bit_error_is_at_most_stock(machine, dtype, activation, grids):  # noqa: F811
+    if dtype == torch.bfloat16 and machine.name in ("interpreter", "sm75"):
+        pytest.skip("no bfloat16 there")
+    made = tensors(dtype, GRIDS[grids], device=machine.device)
+    with machine.context() as launches:
+        found = errors(*made, GRIDS[grids], activation, machine.backend)
+    assert all(e.within() for e in found), found
+    assert not [race for stats in launches for race in stats.races]
+
+
+@pytest.mark.parametrize("activation", ["gelu", "quick_gelu"])
+def test_float32_error_is_about_that_of_stock(machine, activation):  # noqa: F811
+    grids = GRIDS["overlapping"]
+    made = tensors(torch.float32, grids, channels=37, device=machine.device)
+    with float32_matmul("ieee"), machine.context() as launches:
+        found = errors(*made, grids, activation, machine.backend)
+    assert all(e.within(slack(torch.float32, grids)) for e in found), found
+    assert not [race for stats in launches for race in stats.races]
+
+
+def test_tokens_of_another_dtype_than_the_weights(machine):  # noqa: F811
+    """As under autocast: pre-activations and their gradient in float32, 16-bit weights."""
+    (x, w, bias), dy = tensors(torch.float32, GRIDS["overlapping"], device=machine.device)
+    x, w, bias = (t.detach().requires_grad_() for t in (x, w, bias))
+    stencil, kind = Stencil.adaptive(*GRIDS["overlapping"]), machine.device.partition(":")[0]
+    with machine.context(), torch.autocast(kind, torch.float16):
+        y = act_pool_linear(x, w, bias, stencil, "silu", backend=machine.backend)
+        (dx,) = torch.autograd.grad(y, x, dy.half())
+    assert (y.dtype, dx.dtype) == (torch.float16, torch.float32)
+    truth = [t.detach().double() for t in (x, w, bias)]
+    want = run(lambda *t: stock(*t, GRIDS["overlapping"], "silu"), truth, dy.double())
+    for ours, exact in zip((y, dx), want, strict=False):
+        torch.testing.assert_close(ours.double(), exact, rtol=1e-2, atol=4e-2)
+
+
+def test_far_out_pre_activations(machine):  # noqa: F811
+    """Where sigmoids and exponentials overflow, values and slopes do not."""
+    x = torch.tensor([0.0, -0.0, 1.0, -3e4, 3e4, -200.0, 200.0, -9.0], device=machine.device)
+    x = x.expand(1, 4, 8).contiguous()
+    w, dy = torch.eye(8, device=machine.device), torch.ones(1, 1, 8, device=machine.device)
+    for activation in TOKEN_ACTIVATIONS:
+        leaf = x.clone().requires_grad_()
+        stencil = Stencil.adaptive((2, 2), (1, 1))
+        with float32_matmul("ieee"), machine.context():
+            y = act_pool_linear(leaf, w, None, stencil, activation, backend=machine.backend)
+            (dx,) = torch.autograd.grad(y, leaf, dy)
+        wide = x[:, :1].double().requires_grad_()
+        want = ACTS[activation](wide)
+        (slope,) = torch.autograd.grad(want.sum(), wide)
+        torch.testing.assert_close(y.double(), want.detach(), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(dx.double()[:, :1], slope / 4, rtol=1e-5, atol=1e-5)
+
+
+def test_keeps_pre_activations_and_pooled_tokens_only():
+    (x, w, bias), _ = tensors(torch.float32, GRIDS["regular"])
+    x = x.contiguous().requires_grad_()
+    stencil = Stencil.adaptive(*GRIDS["regular"])
+    parameters = [t.requires_grad_() for t in (w, bias)]
+
+    def kept():
+        return saved_bytes(lambda: act_pool_linear(x, w, bias, stencil), exclude=parameters)
+
+    assert kept() == 4 * (x.numel() + 2 * 6 * 72)
+    x.requires_grad_(False)
+    assert kept() == 4 * 2 * 6 * 72
+
+
+def test_no_images():
+    x, w = torch.randn(0, 24, 8, requires_grad=True), torch.randn(4, 8, requires_grad=True)
+    y = act_pool_linear(x, w, None, Stencil.adaptive((4, 6), (2, 3)))
+    dx, dw = torch.autograd.grad(y.sum(), [x, w])
+    assert (y.shape, dx.shape) == ((0, 6, 4), (0, 24, 8))
+    assert torch.equal(dw, torch.zeros_like(w))
+
+
+def test_compiles_without_graph_breaks():
+    torch.compiler.reset()
+    (x, w, bias), _ = tensors(torch.float32, GRIDS["overlapping"])
+    stencil = Stencil.adaptive(*GRIDS["overlapping"])
+    compiled = torch.compile(act_pool_linear, fullgraph=True, backend="aot_eager")
+    for activation in TOKEN_ACTIVATIONS:
+        runs = []
+        for compute in (compiled, act_pool_linear):
+            leaves = [t.detach().requires_grad_() for t in (x, w, bias)]
+            y = compute(*leaves, stencil, activation)
+            runs.append([y, *torch.autograd.grad(y.square().sum(), leaves)])
+        torch.testing.assert_close(*runs)
+
+
+def test_bad_activation():
+    (x, w, bias), _ = tensors(torch.float32, GRIDS["regular"])
+    with pytest.raises(ValueError, match=r"must be None or one of 'gelu', .*got 'relu'"):
+        act_pool_linear(x, w, bias, Stencil.adaptive(*GRIDS["regular"]), "relu")
