@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from fuse_kinds import KINDS, pair, videos
+from fuse_kinds import KINDS, Called, pair, videos
 from stock import (
     AttentionResampler,
     EncoderTower,
@@ -256,6 +256,47 @@ def test_what_a_model_does_before_it_pools_is_done(touch):
     assert [*fuse(fused).replaced] == [""]
     x = torch.randn(6, 49, 8)
     torch.testing.assert_close(videos(fused, x), videos(stock, x))
+
+
+def test_a_wrapper_that_answers_for_its_model_is_not_the_model():
+    """As PEFT's and torch.compile's do."""
+
+    class Wrapper(nn.Module):
+        def __init__(self, model):
+            super().__init__()
+            self.inside = model
+
+        def __getattr__(self, name):
+            try:
+                return super().__getattr__(name)
+            except AttributeError:
+                return getattr(self.inside, name)
+
+    for make in (LlavaLike, PerceptionProjector, UnshufflingTower, EncoderTower, SeedProjector):
+        wrapper = Wrapper(make())
+        assert [*fuse(wrapper).replaced] == ["inside"]
+        assert type(wrapper) is Wrapper
+        assert [*explain(wrapper)] == ["inside"]
+        assert [*unfuse(wrapper).replaced] == ["inside"]
+
+
+def test_layers_added_to_a_projector_are_seen():
+    stock, fused = pair(KINDS["llava, average"])
+    more = nn.GELU(), nn.Linear(12, 12)
+    for model in (stock, fused):
+        model.model.mm_projector.extend(more)
+    x = torch.randn(6, 49, 8)
+    assert torch.equal(videos(fused, x), videos(stock, x))
+    assert explain(fused)[""].reason == "it has 5 layers now"
+
+
+@pytest.mark.parametrize("name", ["unshuffling tower", "encoder"])
+def test_in_a_compiled_function_images_are_downsampled_one_by_one(name):
+    kind = KINDS[name]
+    stock, fused = pair(kind)
+    x = torch.randn(kind.shape)
+    compiled = torch.compile(Called(fused, kind.call), backend="eager")
+    torch.testing.assert_close(compiled(x), kind.call(stock, x))
 
 
 def test_in_a_compiled_graph_a_model_runs_its_own_code():

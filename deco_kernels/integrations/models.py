@@ -65,7 +65,8 @@ class PooledByModel(Kind):
 
     @classmethod
     def find(cls, module: nn.Module) -> Found | None:
-        if not all(callable(getattr(module, name, None)) for name in cls.needs()):
+        # Of the class: wrappers such as PEFT's answer for the model that they wrap.
+        if not all(callable(getattr(type(module), name, None)) for name in cls.needs()):
             return None
         try:
             projector = cls.module(module)
@@ -114,9 +115,9 @@ class PooledByModel(Kind):
                 return f"{name} is replaced on the instance"
         try:
             for tokens, *arguments in cls.trials(model):
-                stencil = cls.stencil(model, stock, tokens, *arguments, mode=cls.mode(model))
+                stencil = cls.stencil(model, stock, tokens, *arguments)
                 if stencil is None:
-                    return f"{cls.pool} pools in a way that is not known here"
+                    return f"{cls.pool} pools by {cls.mode(model)!r}, which is not known here"
                 problem = disagreement(
                     lambda x, *a: stock(model, x, *a),
                     lambda x, *_, s=stencil: functional.pool(x, s, backend="eager"),
@@ -177,7 +178,6 @@ class Llava(PooledByModel):
 
     @staticmethod
     def stencil(model, stock, tokens, *args, **kwargs):
-        kwargs.pop("mode", None)
         given = inspect.signature(stock).bind(model, None, *args, **kwargs)
         given.apply_defaults()
         stride, side = given.arguments.get("stride"), model.get_vision_tower().num_patches_per_side
@@ -204,10 +204,8 @@ class Matryoshka(PooledByModel):
 
     @staticmethod
     def stencil(model, stock, tokens, *args, **kwargs):
-        kwargs.pop("mode", None)
-        scale = (*args, *kwargs.values())
-        side = math.isqrt(tokens)
-        if side * side != tokens or len(scale) != 1 or not 0 < scale[0] <= tokens:
+        scale, side = (*args, *kwargs.values()), math.isqrt(tokens)
+        if side * side != tokens or list(map(type, scale)) != [int] or not 0 < scale[0] <= tokens:
             return None
         window = int(math.sqrt(tokens / scale[0]))
         return Stencil.fixed((side, side), window, window)
@@ -233,6 +231,6 @@ class Onevision(PooledByModel):
     @staticmethod
     def stencil(model, stock, tokens, *args, **kwargs):
         side = Onevision._side(model)
-        if args or side * side != tokens:
+        if args or kwargs or side * side != tokens:
             return None
         return Stencil.bilinear((side, side), (math.ceil(side / 2),) * 2)

@@ -26,6 +26,8 @@ def downsampling(grids: torch.Tensor, merges: torch.Tensor) -> Stencil | None:
     """
     if not isinstance(grids, torch.Tensor) or not isinstance(merges, torch.Tensor):
         return None
+    if torch.compiler.is_compiling():  # a packed stencil is built outside of a graph
+        return None
     sizes, factors = grids.tolist(), merges.tolist()
     if not sizes or len(sizes) != len(factors):
         return None

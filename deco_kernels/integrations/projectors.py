@@ -74,7 +74,7 @@ class PooledAfter(Kind):
     @classmethod
     def find(cls, module: nn.Module) -> Found | None:
         found = tail.layers(module)
-        if type(module) is nn.Sequential or found is None or "pooling" not in module._modules:
+        if type(module) is nn.Sequential or found is None or module._modules.get("pooling") is None:
             return None
         problem = (
             _more_than(module, {*found, "pooling"})

@@ -78,11 +78,11 @@ class Swapped:
 
     def __reduce_ex__(self, protocol: int) -> tuple:
         # The class was made at run time: a copy makes it again from the original one.
-        function, arguments, *state = super().__reduce_ex__(max(protocol, 2))
+        function, arguments, *rest = super().__reduce_ex__(max(protocol, 2))
         if function is copyreg.__newobj__ and "deco_kind" in arguments[0].__dict__:
             made, *more = arguments
-            return _again, (made.deco_kind, made.deco_original, *more), *state
-        return function, arguments, *state
+            return _again, (made.deco_kind, made.deco_original, *more), *rest
+        return function, arguments, *rest
 
 
 def _again(kind: type[Kind], original: type[nn.Module], *arguments: object) -> nn.Module:

@@ -69,7 +69,8 @@ def layers(mlp: nn.Module) -> dict[str, nn.Module] | None:
         return dict(children)
     act = next((name for name in ACTIVATION_NAMES if name in children), None)
     names = ("linear_1", act, "linear_2")
-    return {name: children[name] for name in names} if all(n in children for n in names) else None
+    found = {name: children.get(name) for name in names}
+    return None if None in found.values() else found
 
 
 def kinds(mlp: nn.Module) -> tuple[type, ...]:
@@ -89,6 +90,8 @@ def read(mlp: nn.Module, seen: tuple[type, ...] | None = None) -> Tail | str:
     found = layers(mlp)
     if found is None or not len(found) % 2:
         return "it does not end with a linear layer"
+    if seen is not None and len(found) != len(seen):
+        return f"it has {len(found)} layers now"
     for i, (name, layer) in enumerate(found.items()):
         kind = nn.Linear if i % 2 == 0 else type(layer)
         if not plain(layer, kind) or (seen is not None and type(layer) is not seen[i]):

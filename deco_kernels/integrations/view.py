@@ -89,10 +89,12 @@ class Projector:
     def __init__(self, module: nn.Module, last: Tail, backend: str) -> None:
         self._module, self._tail, self._backend = module, last, backend
 
-    def __call__(self, x: torch.Tensor) -> Any:
-        if not isinstance(x, torch.Tensor) or x.dim() != 3:
-            return self._module(x)
-        return Unfinished(self._tail, self._tail.hidden(x), self._backend)
+    __class__ = property(lambda self: type(self._module))  # for isinstance
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if len(args) != 1 or kwargs or not isinstance(args[0], torch.Tensor) or args[0].dim() != 3:
+            return self._module(*args, **kwargs)
+        return Unfinished(self._tail, self._tail.hidden(args[0]), self._backend)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._module, name)
