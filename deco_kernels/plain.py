@@ -26,6 +26,14 @@ def plain(module: nn.Module, kind: type[nn.Module]) -> bool:
     )
 
 
+def difference(module: nn.Module, kind: type[nn.Module]) -> str:
+    """Why a module is not :func:`plain`, to follow its name."""
+    if type(module) is kind:
+        return "is hooked"
+    name = type(module).__name__  # PEFT's linear layer is called Linear too
+    return f"is {type(module).__module__}.{name}" if name == kind.__name__ else f"is {name}"
+
+
 def materialised(linear: nn.Linear) -> bool:
     """Whether the parameters are ordinary tensors that are there in full."""
     weight, bias = linear._parameters.get("weight"), linear._parameters.get("bias")

@@ -9,6 +9,7 @@ from stock import (
     AttentionResampler,
     EncoderTower,
     LlavaLike,
+    LoraLinear,
     PerceptionProjector,
     RatioPooling,
     SeedProjector,
@@ -278,6 +279,17 @@ def test_a_wrapper_that_answers_for_its_model_is_not_the_model():
         assert type(wrapper) is Wrapper
         assert [*explain(wrapper)] == ["inside"]
         assert [*unfuse(wrapper).replaced] == ["inside"]
+
+
+def test_a_class_of_the_same_name_is_told_apart():
+    """As PEFT's ``Linear``, which wraps torch's."""
+    linear = type("Linear", (LoraLinear,), {"__module__": "peft.tuners"})
+    _, fused = pair(KINDS["perception"])
+    fused.linear_2 = linear(fused.linear_2)
+    assert explain(fused)[""].reason == "linear_2 is peft.tuners.Linear"
+    fused.linear_2 = fused.linear_2.base
+    fused.linear_2.register_forward_hook(lambda m, a, y: None)
+    assert explain(fused)[""].reason == "linear_2 is hooked"
 
 
 def test_layers_added_to_a_projector_are_seen():

@@ -9,7 +9,7 @@ from torch import nn
 
 from .. import functional
 from ..backends import choose
-from ..plain import plain
+from ..plain import difference, plain
 from ..projector import Plan
 from ..stencil import Stencil
 from . import tail
@@ -58,7 +58,7 @@ class PooledByModel(Kind):
         """The tail of the projector, or why its weights must not be read."""
         module, (kind, kinds, mode) = cls.module(model), state(model).seen
         if not plain(module, kind):
-            return f"{cls.projector} is {type(module).__name__}, or hooked"
+            return f"{cls.projector} {difference(module, kind)}"
         if cls.mode(model) != mode:
             return f"the model pools by {cls.mode(model)!r} now"
         return tail.read(module, kinds)

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from ..backends import choose
-from ..plain import plain
+from ..plain import difference, plain
 from ..projector import FusedAvgPoolProjector, Plan
 from ..stencil import Stencil
 from . import tail
@@ -110,7 +110,7 @@ class PooledAfter(Kind):
         """The tail of the MLP, or why its weights must not be read."""
         kinds, pooling = state(module).seen
         if not plain(module.pooling, pooling):
-            return f"pooling is {type(module.pooling).__name__}, or hooked"
+            return f"pooling {difference(module.pooling, pooling)}"
         return tail.read(module, kinds)
 
     @staticmethod

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from .. import functional
-from ..plain import hooked_globally, materialised, plain
+from ..plain import difference, hooked_globally, materialised, plain
 from ..stencil import Stencil
 from .swap import random_tokens
 
@@ -93,9 +93,9 @@ def read(mlp: nn.Module, seen: tuple[type, ...] | None = None) -> Tail | str:
     if seen is not None and len(found) != len(seen):
         return f"it has {len(found)} layers now"
     for i, (name, layer) in enumerate(found.items()):
-        kind = nn.Linear if i % 2 == 0 else type(layer)
-        if not plain(layer, kind) or (seen is not None and type(layer) is not seen[i]):
-            return f"{name or 'it'} is {type(layer).__name__}, or hooked"
+        kind = nn.Linear if i % 2 == 0 else type(layer) if seen is None else seen[i]
+        if not plain(layer, kind):
+            return f"{name or 'it'} {difference(layer, kind)}"
         if kind is nn.Linear and not materialised(layer):
             return f"{name or 'it'} has partitioned or special parameters"
         if i % 2 and activation_name(layer) is None:
