@@ -159,8 +159,9 @@ def _seed(sampler):
 @pytest.mark.parametrize(("make", "reason"), LEFT.values(), ids=[*LEFT])
 def test_left_alone_with_the_reason(make, reason):
     module = make()
-    own = type(module)
+    own, random = type(module), torch.get_rng_state()
     report = fuse(module)
+    assert torch.equal(torch.get_rng_state(), random)
     assert not report.replaced
     assert [*report.left] == [""]
     assert reason in report.left[""]
@@ -257,6 +258,22 @@ def test_what_a_model_does_before_it_pools_is_done(touch):
     assert [*fuse(fused).replaced] == [""]
     x = torch.randn(6, 49, 8)
     torch.testing.assert_close(videos(fused, x), videos(stock, x))
+
+
+def test_what_was_changed_in_place_is_pooled():
+    class Doubling(LlavaLike):
+        def encode_multimodals(self, videos_or_images, video_idx_in_batch, split_sizes=None):
+            features = self.get_model().mm_projector(videos_or_images)
+            features.mul_(2)
+            return [self.get_2dPool(features, 2), features], []
+
+    stock = Doubling()
+    fused = copy.deepcopy(stock)
+    assert [*fuse(fused).replaced] == [""]
+    x = torch.randn(6, 49, 8)
+    got, want = fused.encode_multimodals(x, [0])[0], stock.encode_multimodals(x, [0])[0]
+    torch.testing.assert_close(got, want)
+    assert [type(y) for y in got] == [torch.Tensor] * 2
 
 
 def test_a_wrapper_that_answers_for_its_model_is_not_the_model():

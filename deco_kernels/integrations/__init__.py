@@ -122,7 +122,6 @@ def _find(module: nn.Module) -> Found | None:
     kind = kind_of(module)
     if kind is not None:
         return Found("it is fused already", owned=kind.owned(module))
-    inside = tuple(module.modules())
     for kind in (*PROJECTORS, *MODELS):
         try:
             found = kind.find(module)
@@ -139,14 +138,15 @@ def _find(module: nn.Module) -> Found | None:
             problem = "a global module hook is registered"
         if problem:
             found = found._replace(what=problem, kind=None)
-        return found._replace(owned=inside) if kind in PROJECTORS else found
+        return found._replace(owned=tuple(module.modules())) if kind in PROJECTORS else found
     name = type(module).__name__
     if _ATTENTION.search(name):
-        why = "pooling by attention is no average: it does not commute with a linear layer"
-        return Found(why, owned=inside)
-    if _OTHER.search(name):
-        return Found("it is not built like a pooled projector known here", owned=inside)
-    return None
+        what = "pooling by attention is no average: it does not commute with a linear layer"
+    elif _OTHER.search(name):
+        what = "it is not built like a pooled projector known here"
+    else:
+        return None
+    return Found(what, owned=tuple(module.modules()))
 
 
 def _check_module(model: nn.Module) -> None:

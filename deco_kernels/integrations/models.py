@@ -141,8 +141,10 @@ class PooledByModel(Kind):
         raise NotImplementedError
 
     @staticmethod
-    def stencil(model: nn.Module, stock, tokens: int, *args, **kwargs) -> Stencil | None:
-        """The pooling of ``tokens``; None if the method itself must be called."""
+    def stencil(
+        model: nn.Module, stock: Callable, tokens: int, *args: object, **kwargs: object
+    ) -> Stencil | None:
+        """The pooling of ``tokens`` by the method ``stock``; None if that must be called itself."""
         raise NotImplementedError
 
     @classmethod
@@ -177,7 +179,9 @@ class Llava(PooledByModel):
         yield (tokens,)
 
     @staticmethod
-    def stencil(model, stock, tokens, *args, **kwargs):
+    def stencil(
+        model: nn.Module, stock: Callable, tokens: int, *args: object, **kwargs: object
+    ) -> Stencil | None:
         given = inspect.signature(stock).bind(model, None, *args, **kwargs)
         given.apply_defaults()
         stride, side = given.arguments.get("stride"), model.get_vision_tower().num_patches_per_side
@@ -203,7 +207,9 @@ class Matryoshka(PooledByModel):
             yield 36, scale
 
     @staticmethod
-    def stencil(model, stock, tokens, *args, **kwargs):
+    def stencil(
+        model: nn.Module, stock: Callable, tokens: int, *args: object, **kwargs: object
+    ) -> Stencil | None:
         scale, side = (*args, *kwargs.values()), math.isqrt(tokens)
         if side * side != tokens or list(map(type, scale)) != [int] or not 0 < scale[0] <= tokens:
             return None
@@ -229,7 +235,9 @@ class Onevision(PooledByModel):
         yield (Onevision._side(model) ** 2,)
 
     @staticmethod
-    def stencil(model, stock, tokens, *args, **kwargs):
+    def stencil(
+        model: nn.Module, stock: Callable, tokens: int, *args: object, **kwargs: object
+    ) -> Stencil | None:
         side = Onevision._side(model)
         if args or kwargs or side * side != tokens:
             return None

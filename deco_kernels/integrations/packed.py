@@ -1,9 +1,7 @@
 """Which encoders shrink images of different sizes one by one? A packed stencil does all at once."""
 
-import inspect
 from collections.abc import Callable
 from itertools import groupby
-from typing import Any
 
 import torch
 from torch import nn
@@ -12,7 +10,16 @@ from .. import functional
 from ..backends import choose
 from ..projector import Plan
 from ..stencil import Stencil
-from .swap import Found, Kind, as_fused, disagreement, random_tokens, stand_in, state
+from .swap import (
+    Found,
+    Kind,
+    as_fused,
+    disagreement,
+    parameter_names,
+    random_tokens,
+    stand_in,
+    state,
+)
 
 _LAYERS = ("embeddings", "encoder", "post_layernorm")
 _TRIAL_GRIDS, _TRIAL_MERGES = [[1, 4, 6], [3, 2, 4], [2, 2, 2]], [2, 1, 2]
@@ -61,7 +68,7 @@ class Unshuffle(OfTower):
     @classmethod
     def find(cls, module: nn.Module) -> Found | None:
         method = getattr(type(module), "pixel_unshuffle", None)
-        if _names(method) != ["hidden_states", "grid_thw", "merge_sizes"]:
+        if parameter_names(method) != ["hidden_states", "grid_thw", "merge_sizes"]:
             return None
         if "pixel_unshuffle" in module.__dict__:
             return Found("its pixel_unshuffle is replaced on the instance")
@@ -92,7 +99,7 @@ class Encoder(OfTower):
     def find(cls, module: nn.Module) -> Found | None:
         if tuple(module._modules) != _LAYERS:
             return None
-        if _names(type(module).forward) != ["pixel_values", "grid_sizes", "merge_sizes"]:
+        if parameter_names(type(module).forward) != ["pixel_values", "grid_sizes", "merge_sizes"]:
             return None
         calls, stock = [], stand_in(module, {name: nn.Identity() for name in _LAYERS})
         for name, layer in stock._modules.items():
@@ -127,10 +134,6 @@ def _noting(calls: list, name: str):
         return x
 
     return forward
-
-
-def _names(method: Any) -> list[str] | None:
-    return list(inspect.signature(method).parameters)[1:] if callable(method) else None
 
 
 def _trial() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

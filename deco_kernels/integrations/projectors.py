@@ -11,7 +11,16 @@ from ..plain import difference, plain
 from ..projector import FusedAvgPoolProjector, Plan
 from ..stencil import Stencil
 from . import tail
-from .swap import Found, Kind, as_fused, disagreement, random_tokens, stand_in, state
+from .swap import (
+    Found,
+    Kind,
+    as_fused,
+    disagreement,
+    parameter_names,
+    random_tokens,
+    stand_in,
+    state,
+)
 
 
 class LikeDeco(FusedAvgPoolProjector):
@@ -170,9 +179,11 @@ class OfFrames(PooledAfter):
 
     @staticmethod
     def fits(module: nn.Module) -> bool:
-        known = ("frame_shape", "num_frames", "use_pooling")
-        return type(module.pooling) is nn.AdaptiveAvgPool3d and all(
-            hasattr(module, name) for name in known
+        called_with = ["image_features", "media_type", "batch_size", "num_videos"]
+        return (
+            type(module.pooling) is nn.AdaptiveAvgPool3d
+            and parameter_names(type(module).forward) == called_with
+            and all(hasattr(module, name) for name in ("frame_shape", "num_frames", "use_pooling"))
         )
 
     @staticmethod

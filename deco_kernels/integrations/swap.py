@@ -1,6 +1,7 @@
 """How does a module become another one in place? It gets a subclass of its own class, and back."""
 
 import copyreg
+import inspect
 from collections import OrderedDict
 from collections.abc import Callable
 from functools import cache, wraps
@@ -166,6 +167,11 @@ def disagreement(
     if not isinstance(want, torch.Tensor) or want.shape != got.shape:
         return "it returned another shape"
     return None if torch.allclose(got, want, rtol=1e-9, atol=1e-9) else "it computes something else"
+
+
+def parameter_names(method: object) -> list[str] | None:
+    """Those of a method, but for ``self``; None if it is none."""
+    return list(inspect.signature(method).parameters)[1:] if callable(method) else None
 
 
 def random_tokens(*shape: int) -> torch.Tensor:

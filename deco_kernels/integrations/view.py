@@ -7,6 +7,7 @@ last pre-activation, and the pooling method takes that. Whatever else touches it
 projector's output, as ever. So nothing of a model is known or copied but its pooling.
 """
 
+from collections.abc import Callable
 from functools import cache, wraps
 from typing import Any
 
@@ -57,7 +58,7 @@ class Unfinished:
         return function(*map(finished, args), **{k: finished(v) for k, v in kwargs.items()})
 
 
-def _operator(name: str):
+def _operator(name: str) -> Callable:
     def operator(self, *args):
         return getattr(self.tensor(), name)(*map(finished, args))
 
@@ -128,7 +129,7 @@ class View:
         return subclass(original, (View,), body)
 
 
-def _get_model(stock, kind):
+def _get_model(stock: Callable, kind: type) -> Callable:
     def get_model(self):
         inner = stock(self)
         return View.of(inner, type(inner), self.deco_projector, kind.projector, None, kind)
@@ -136,7 +137,7 @@ def _get_model(stock, kind):
     return get_model
 
 
-def _pool_method(stock, kind):
+def _pool_method(stock: Callable, kind: type) -> Callable:
     @wraps(stock)
     def pool(self, features, *args, **kwargs):
         if type(features) is Unfinished:
