@@ -14,6 +14,7 @@ from stock import (
     RatioPooling,
     SeedProjector,
     UnshufflingTower,
+    downsample_one_by_one,
 )
 from torch import nn
 
@@ -70,8 +71,7 @@ class OtherPool(LlavaLike):
 class OtherTower(EncoderTower):
     def forward(self, pixel_values, grid_sizes, merge_sizes=None):
         x = self.encoder(self.embeddings(pixel_values), merge_sizes, grid_sizes)
-        self.post_layernorm(x)
-        return EncoderTower.forward(self, pixel_values, grid_sizes, merge_sizes)
+        return downsample_one_by_one(self.post_layernorm(x), grid_sizes, merge_sizes)
 
 
 class OtherUnshuffle(UnshufflingTower):
@@ -139,7 +139,7 @@ LEFT = {
         lambda: LlavaLike(projector=AttentionResampler()),
         "mm_projector (AttentionResampler) is not known here",
     ),
-    "other encoder": (OtherTower, "its forward is not the one known here"),
+    "other encoder": (OtherTower, "its forward is not the one known here: it calls its layers"),
     "other unshuffle": (OtherUnshuffle, "its pixel_unshuffle is not the one known here"),
     "llava, replaced method": (
         lambda: with_method(LlavaLike()),
