@@ -10,7 +10,7 @@ import statistics
 
 import pytest
 import torch
-from timing import alternately, host_seconds
+from timing import beside
 from work import DEVICE
 
 from deco_kernels import AvgPoolProjector, FusedAvgPoolProjector
@@ -19,14 +19,6 @@ from deco_kernels import AvgPoolProjector, FusedAvgPoolProjector
 def pair(*sizes: int) -> tuple[FusedAvgPoolProjector, AvgPoolProjector]:
     oracle = AvgPoolProjector(*sizes).to(DEVICE)
     return FusedAvgPoolProjector.from_reference(oracle), oracle
-
-
-def beside(ours, oracle, rounds, repeat):
-    """(our seconds, the oracle's seconds) as the host sees them, round by round."""
-    pairs = alternately(
-        lambda: host_seconds(ours, repeat), lambda: host_seconds(oracle, repeat), rounds + 1
-    )
-    return pairs[1:]  # the first round warms up
 
 
 @pytest.mark.parametrize("query_num", [144, 64])

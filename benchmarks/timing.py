@@ -43,6 +43,16 @@ def alternately(
     return pairs
 
 
+def beside(
+    ours: Callable[[], object], oracle: Callable[[], object], rounds: int, repeat: int
+) -> list[tuple[float, float]]:
+    """(our seconds, the oracle's seconds) of a call as the host sees them, round by round."""
+    pairs = alternately(
+        lambda: host_seconds(ours, repeat), lambda: host_seconds(oracle, repeat), rounds + 1
+    )
+    return pairs[1:]  # the first round warms up
+
+
 def peak_bytes(job: Job) -> int | None:
     """How far the device's memory grows above what is there before the call; None on a CPU."""
     if DEVICE.type == "cpu":

@@ -4,11 +4,11 @@ from typing import NamedTuple
 
 import torch
 from torch import nn
-from torch.nn.modules.module import _has_any_global_hook
 
 from . import functional
 from .backends import check_backend, choose, fastest
 from .checks import check_count, check_grid, check_tokens, square_side
+from .plain import hooked_globally, materialised, plain
 from .reference import AvgPoolProjector
 from .stencil import Stencil
 from .tuning.call import Call
@@ -18,8 +18,8 @@ class Plan(NamedTuple):
     """Which way a call takes.
 
     ``path`` is "fused" (pool and all linear layers in the package's own operators), "pooled" (the
-    package's pool, then ``mlp_projector`` is called as a module) or "modules" (everything is
-    called as a module, like the reference).
+    package's pool, then ``mlp_projector`` is called as a module), "modules" (everything is called
+    as a module, like the reference) or "stock" (the own code of a module that ``fuse`` replaced).
     """
 
     backend: str
@@ -166,7 +166,7 @@ class FusedAvgPoolProjector(AvgPoolProjector):
         dtype = functional.autocast_dtype(like) or like.dtype
         backend, reason = choose(self.backend, like.device, dtype)
         sampler = self.sampler
-        if not _plain(sampler, nn.AdaptiveAvgPool2d) or _square_output(sampler) != self._side:
+        if not plain(sampler, nn.AdaptiveAvgPool2d) or _square_output(sampler) != self._side:
             return Plan("eager", "modules", "sampler was changed or is hooked")
         problem = self._unreadable()
         return Plan(backend, "pooled" if problem else "fused", problem or reason)
@@ -189,18 +189,18 @@ class FusedAvgPoolProjector(AvgPoolProjector):
 
     def _unreadable(self) -> str | None:
         """Why ``mlp_projector`` must be called and its weights not read; None if they can be."""
-        if _has_any_global_hook():
+        if hooked_globally():
             return "a global module hook is registered"
         mlp = self.mlp_projector
-        if not _plain(mlp, nn.Sequential):
+        if not plain(mlp, nn.Sequential):
             return "mlp_projector was replaced or is hooked"
         for i, child in enumerate(mlp._modules.values()):
-            if not _plain(child, nn.GELU if i % 2 else nn.Linear):
+            if not plain(child, nn.GELU if i % 2 else nn.Linear):
                 return f"mlp_projector[{i}] is {type(child).__name__}, or hooked"
             if i % 2:
                 if child.approximate != "none":
                     return f"mlp_projector[{i}] is an approximate GELU"
-            elif not _materialised(child):
+            elif not materialised(child):
                 return f"mlp_projector[{i}] has partitioned or special parameters"
         return None if len(mlp) % 2 else "mlp_projector does not end with a linear layer"
 
@@ -212,30 +212,3 @@ def _square_output(sampler: nn.Module | None) -> int | None:
     size = sampler.output_size
     sides = {size} if isinstance(size, int) else set(size)
     return sides.pop() if len(sides) == 1 else None
-
-
-def _plain(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether calling ``module`` does what ``kind`` does and nothing else."""
-    return (
-        type(module) is kind
-        and "forward" not in module.__dict__
-        and not (
-            module._forward_hooks
-            or module._forward_pre_hooks
-            or module._backward_hooks
-            or module._backward_pre_hooks
-        )
-    )
-
-
-def _materialised(linear: nn.Linear) -> bool:
-    """Whether the parameters are ordinary tensors that are there in full."""
-    weight, bias = linear._parameters.get("weight"), linear._parameters.get("bias")
-    return (
-        type(weight) in _ORDINARY
-        and (bias is None or type(bias) in _ORDINARY)
-        and weight.numel() == linear.out_features * linear.in_features
-    )
-
-
-_ORDINARY = (nn.Parameter, torch.Tensor)

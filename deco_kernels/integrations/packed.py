@@ -1,0 +1,139 @@
+"""Which encoders shrink images of different sizes one by one? A packed stencil does all at once."""
+
+import inspect
+from collections.abc import Callable
+from itertools import groupby
+from typing import Any
+
+import torch
+from torch import nn
+
+from .. import functional
+from ..backends import choose
+from ..projector import Plan
+from ..stencil import Stencil
+from .swap import Found, Kind, as_fused, disagreement, random_tokens, stand_in, state
+
+_LAYERS = ("embeddings", "encoder", "post_layernorm")
+_TRIAL_GRIDS, _TRIAL_MERGES = [[1, 4, 6], [3, 2, 4], [2, 2, 2]], [2, 1, 2]
+
+
+def downsampling(grids: torch.Tensor, merges: torch.Tensor) -> Stencil | None:
+    """That of images [t, h, w], each by 1 or 2, whose tokens go block by block.
+
+    Bilinear downsampling by 2 averages the 2x2 tokens of a block, and those are neighbours in the
+    sequence: whatever the sizes, it is a grid [blocks, 4] to [blocks, 1]. None if it is not that.
+    """
+    if not isinstance(grids, torch.Tensor) or not isinstance(merges, torch.Tensor):
+        return None
+    if torch.compiler.is_compiling():  # a packed stencil is built outside of a graph
+        return None
+    sizes, factors = grids.tolist(), merges.tolist()
+    if not sizes or len(sizes) != len(factors):
+        return None
+    for (t, h, w), factor in zip(sizes, factors, strict=True):
+        if factor not in (1, 2) or t * h * w == 0 or h % factor or w % factor:
+            return None
+    blocks, targets = [], []
+    images = zip(factors, sizes, strict=True)
+    for factor, group in groupby(images, lambda image: image[0]):
+        count = sum(t * h * w for _, (t, h, w) in group) // factor**2
+        blocks.append((count, factor**2))
+        targets.append((count, 1))
+    return Stencil.packed(blocks, target=targets)
+
+
+class OfTower(Kind):
+    """A vision tower that ends with that downsampling."""
+
+    does = "downsampling of images of all sizes at once"
+
+    @classmethod
+    def plan(cls, module: nn.Module) -> Plan:
+        like = next(module.parameters(), torch.empty(0))
+        backend = choose(state(module).backend, like.device, like.dtype).backend
+        return Plan(backend, "fused", "downsampling by 1 and 2 is one pooling")
+
+
+class Unshuffle(OfTower):
+    """VideoLLaMA 3 of transformers, where it is a method: ``pixel_unshuffle``."""
+
+    @classmethod
+    def find(cls, module: nn.Module) -> Found | None:
+        method = getattr(type(module), "pixel_unshuffle", None)
+        if _names(method) != ["hidden_states", "grid_thw", "merge_sizes"]:
+            return None
+        if "pixel_unshuffle" in module.__dict__:
+            return Found("its pixel_unshuffle is replaced on the instance")
+        ours = as_fused(stand_in(module, module._modules), cls, None)
+        problem = disagreement(
+            lambda *trial: method(module, *trial), ours.pixel_unshuffle, *_trial()
+        )
+        if problem:
+            return Found(f"its pixel_unshuffle is not the one known here: {problem}")
+        return Found(cls.does, cls)
+
+    @classmethod
+    def methods(cls, original: type[nn.Module]) -> dict[str, Callable]:
+        def pixel_unshuffle(self, hidden_states, grid_thw, merge_sizes):
+            stencil = downsampling(grid_thw, merge_sizes)
+            if stencil is None or hidden_states.dim() != 2:
+                return original.pixel_unshuffle(self, hidden_states, grid_thw, merge_sizes)
+            backend = state(self).backend
+            return functional.pool(hidden_states[None], stencil, backend=backend)[0]
+
+        return {"pixel_unshuffle": pixel_unshuffle}
+
+
+class Encoder(OfTower):
+    """VideoLLaMA 3 as it was published, where it ends the tower's ``forward``."""
+
+    @classmethod
+    def find(cls, module: nn.Module) -> Found | None:
+        if tuple(module._modules) != _LAYERS:
+            return None
+        if _names(type(module).forward) != ["pixel_values", "grid_sizes", "merge_sizes"]:
+            return None
+        calls, stock = [], stand_in(module, {name: nn.Identity() for name in _LAYERS})
+        for name, layer in stock._modules.items():
+            layer.forward = _noting(calls, name)
+        ours, trial = as_fused(stock, cls, None), _trial()
+        problem = disagreement(stock.forward, ours.forward, *trial)
+        half = len(calls) // 2
+        if problem is None and (half != len(_LAYERS) or calls[:half] != calls[half:]):
+            problem = "it calls its layers in another way"
+        if problem:
+            return Found(f"its forward is not the one known here: {problem}")
+        return Found(cls.does, cls)
+
+    @classmethod
+    def methods(cls, original: type[nn.Module]) -> dict[str, Callable]:
+        def forward(self, pixel_values, grid_sizes, merge_sizes=None):
+            stencil = downsampling(grid_sizes, merge_sizes)
+            if stencil is None:
+                return original.forward(self, pixel_values, grid_sizes, merge_sizes)
+            x = self.encoder(self.embeddings(pixel_values), grid_sizes, merge_sizes)
+            x = self.post_layernorm(x)
+            return functional.pool(x[None], stencil, backend=state(self).backend)[0]
+
+        return {"forward": forward}
+
+
+def _noting(calls: list, name: str):
+    """A forward that returns its first argument, and notes which others it got."""
+
+    def forward(x, *args, **kwargs):
+        calls.append((name, *map(id, args), *((k, id(v)) for k, v in kwargs.items())))
+        return x
+
+    return forward
+
+
+def _names(method: Any) -> list[str] | None:
+    return list(inspect.signature(method).parameters)[1:] if callable(method) else None
+
+
+def _trial() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    tokens = sum(t * h * w for t, h, w in _TRIAL_GRIDS)
+    grids = torch.tensor(_TRIAL_GRIDS, device="cpu")
+    return random_tokens(tokens, 3), grids, torch.tensor(_TRIAL_MERGES, device="cpu")

@@ -1,0 +1,266 @@
+"""Which modules pool and project by themselves?"""
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+
+import torch
+from torch import nn
+
+from ..backends import choose
+from ..plain import difference, plain
+from ..projector import FusedAvgPoolProjector, Plan
+from ..stencil import Stencil
+from . import tail
+from .swap import Found, Kind, as_fused, disagreement, random_tokens, stand_in, state
+
+
+class LikeDeco(FusedAvgPoolProjector):
+    """The methods of FusedAvgPoolProjector, for an object that was made as something else."""
+
+    @property
+    def backend(self) -> str:
+        return state(self).backend
+
+    @property
+    def _side(self) -> int:
+        return state(self).seen[0]
+
+    @property
+    def mm_hidden_size(self) -> int:
+        return state(self).seen[1]
+
+
+class PooledBefore(Kind):
+    """Average pooling, then an MLP: DeCo's own projector. Acts as FusedAvgPoolProjector."""
+
+    bases = (LikeDeco,)
+
+    @classmethod
+    def find(cls, module: nn.Module) -> Found | None:
+        if isinstance(module, FusedAvgPoolProjector):
+            return Found("it is a FusedAvgPoolProjector already")
+        if not {"sampler", "mlp_projector"} <= module._modules.keys():
+            return None
+        try:
+            like = FusedAvgPoolProjector.from_reference(module)
+        except TypeError as error:
+            return Found(str(error))
+        problem = _more_than(module, {"sampler", "mlp_projector"})
+        if problem is None and like.explain().path != "fused":
+            problem = like.explain().reason
+        if problem:
+            return Found(problem)
+        side, mlp = like._side, nn.Sequential(*tail.tiny(module.mlp_projector).values())
+        stock = stand_in(module, {"sampler": module.sampler, "mlp_projector": mlp})
+        problem = _differs(stock, cls, (side, 3), [(random_tokens(2, (side + 1) ** 2, 3),)])
+        if problem:
+            return Found(problem)
+        return Found(f"average pooling to {side}x{side}, MLP", cls, (side, like.mm_hidden_size))
+
+    @classmethod
+    def plan(cls, module: nn.Module) -> Plan:
+        return module.explain()
+
+    @classmethod
+    def owned(cls, module: nn.Module) -> tuple[nn.Module, ...]:
+        return tuple(module.modules())
+
+
+class PooledAfter(Kind):
+    """An MLP of two layers, then average pooling: pools in front of the second layer."""
+
+    does: str
+
+    @classmethod
+    def find(cls, module: nn.Module) -> Found | None:
+        found = tail.layers(module)
+        if type(module) is nn.Sequential or found is None or module._modules.get("pooling") is None:
+            return None
+        problem = (
+            _more_than(module, {*found, "pooling"})
+            or _not_average(module.pooling)
+            or (None if plain(module.pooling, type(module.pooling)) else "pooling is hooked")
+        )
+        last = problem or tail.read(module)
+        if isinstance(last, str):
+            return Found(last)
+        kind = next((kind for kind in (ByRatio, OfFrames) if kind.fits(module)), None)
+        if kind is None:
+            return Found(f"the pooling {type(module.pooling).__name__} is not known here")
+        seen = tail.kinds(module), type(module.pooling)
+        stock = stand_in(module, {**tail.tiny(module), "pooling": module.pooling})
+        problem = _differs(stock, kind, seen, kind.trials(module))
+        return Found(problem) if problem else Found(f"{kind.does}, before linear_2", kind, seen)
+
+    @classmethod
+    def plan(cls, module: nn.Module) -> Plan:
+        last = cls.last(module)
+        if isinstance(last, str):
+            return Plan("eager", "stock", last)
+        like = last.linear.weight
+        backend = choose(state(module).backend, like.device, like.dtype).backend
+        return Plan(backend, "fused", "pools before linear_2")
+
+    @classmethod
+    def owned(cls, module: nn.Module) -> tuple[nn.Module, ...]:
+        return tuple(module.modules())
+
+    @staticmethod
+    def last(module: nn.Module) -> tail.Tail | str:
+        """The tail of the MLP, or why its weights must not be read."""
+        kinds, pooling = state(module).seen
+        if not plain(module.pooling, pooling):
+            return f"pooling {difference(module.pooling, pooling)}"
+        return tail.read(module, kinds)
+
+    @staticmethod
+    def fits(module: nn.Module) -> bool:
+        """Whether this is the pooling that the kind knows."""
+        raise NotImplementedError
+
+    @staticmethod
+    def trials(module: nn.Module) -> Iterator[tuple]:
+        """Arguments to compare with the module's own forward, with 3 channels."""
+        raise NotImplementedError
+
+
+class ByRatio(PooledAfter):
+    """As Perception-LM: a square grid, each side divided by ``pooling.pooling_ratio``."""
+
+    does = "adaptive average pooling by a ratio"
+
+    @staticmethod
+    def fits(module: nn.Module) -> bool:
+        return isinstance(getattr(module.pooling, "pooling_ratio", None), int)
+
+    @staticmethod
+    def trials(module: nn.Module) -> Iterator[tuple]:
+        for side in (2 * module.pooling.pooling_ratio, 3 * module.pooling.pooling_ratio + 1):
+            yield (random_tokens(2, side * side, 3),)
+
+    @classmethod
+    def methods(cls, original: type[nn.Module]) -> dict[str, Callable]:
+        def forward(self, *args, **kwargs):
+            last, given = cls.last(self), (*args, *kwargs.values())
+            stencil = None
+            if len(given) == 1 and not isinstance(last, str):
+                stencil = cls.stencil(given[0], self.pooling.pooling_ratio)
+            if stencil is None:
+                return original.forward(self, *args, **kwargs)
+            return last.pooled(last.hidden(given[0]), stencil, state(self).backend)
+
+        return {"forward": forward}
+
+    @staticmethod
+    def stencil(x: torch.Tensor, ratio: int) -> Stencil | None:
+        """For tokens [B, h * h, K]; None where the original class has to say what is wrong."""
+        if not isinstance(x, torch.Tensor) or x.dim() != 3:
+            return None
+        tokens = len(range(x.shape[1]))  # torch.compile: tokens are constant
+        side = math.isqrt(tokens)
+        if side * side != tokens or not 0 < ratio <= side:
+            return None
+        return Stencil.adaptive((side, side), (side // ratio, side // ratio))
+
+
+class OfFrames(PooledAfter):
+    """As PLLaVA: adaptive average pooling of the frames, heights and widths of videos."""
+
+    does = "adaptive average pooling over frames and grid"
+
+    @staticmethod
+    def fits(module: nn.Module) -> bool:
+        known = ("frame_shape", "num_frames", "use_pooling")
+        return type(module.pooling) is nn.AdaptiveAvgPool3d and all(
+            hasattr(module, name) for name in known
+        )
+
+    @staticmethod
+    def trials(module: nn.Module) -> Iterator[tuple]:
+        tokens = math.prod(module.frame_shape)
+        yield random_tokens(2 * module.num_frames, tokens, 3), "video", 1, 2
+        yield random_tokens(1, tokens, 3), "image", 1, 1
+        if module.use_pooling and module.num_frames > 1:
+            yield random_tokens(module.num_frames - 1, tokens, 3), "video", 1, 1
+
+    @classmethod
+    def methods(cls, original: type[nn.Module]) -> dict[str, Callable]:
+        def forward(self, image_features, media_type, batch_size=None, num_videos=None):
+            last = cls.last(self)
+            layout = None
+            if not isinstance(last, str):
+                layout = cls.layout(self, image_features, media_type, batch_size, num_videos)
+            if layout is None:
+                return original.forward(self, image_features, media_type, batch_size, num_videos)
+            # Frames are repeated behind the first layer: it need not see one of them twice.
+            z, (total, videos, stencil) = last.hidden(image_features), layout
+            if media_type == "image":
+                z = z.repeat(self.num_frames, 1, 1)
+            elif total > z.shape[0]:
+                z = z.repeat_interleave(self.num_frames // z.shape[0] + 1, dim=0)[:total]
+            z = z.reshape(videos, -1, z.shape[-1])
+            return last.pooled(z, stencil, state(self).backend)
+
+        return {"forward": forward}
+
+    @staticmethod
+    def layout(
+        module: nn.Module, x: torch.Tensor, media_type: str, batch_size: int, num_videos: int
+    ) -> tuple[int, int, Stencil] | None:
+        """Frames, videos and pooling of x [frames, h * w, K].
+
+        None where the original class has to say what is wrong.
+        """
+        if not isinstance(x, torch.Tensor) or x.dim() != 3 or media_type not in ("video", "image"):
+            return None
+        if type(batch_size) is not int or type(num_videos) is not int:
+            return None
+        (h, w), total, videos = module.frame_shape, x.shape[0], batch_size * num_videos
+        if media_type == "image":
+            total *= module.num_frames
+        elif 0 < total < module.num_frames and module.use_pooling:
+            total = module.num_frames
+        if videos < 1 or not total or total % module.num_frames or total % videos:
+            return None
+        if h * w != x.shape[1]:
+            return None
+        grid = (total // videos, h, w)
+        size = module.pooling.output_size
+        size = (size,) * 3 if isinstance(size, int) else size
+        target = tuple(n if s is None else s for n, s in zip(grid, size, strict=True))
+        return total, videos, Stencil.adaptive(grid, target)
+
+
+def _more_than(module: nn.Module, children: set[str]) -> str | None:
+    """What a module has that its fused form would not compute."""
+    more = module._modules.keys() - children
+    if more:
+        return f"it has more layers than expected: {', '.join(sorted(more))}"
+    if any(p is not None for p in (*module._parameters.values(), *module._buffers.values())):
+        return "it has parameters or buffers of its own"
+    return None
+
+
+def _not_average(pooling: nn.Module) -> str | None:
+    name = type(pooling).__name__
+    if type(pooling) is nn.Identity:
+        return "it pools nothing"
+    if "max" in name.lower():
+        return f"max pooling ({name}) does not commute with a linear layer"
+    if [*pooling.parameters(), *pooling.children()]:
+        return f"pooling ({name}) has weights: it is no average of tokens"
+    return None
+
+
+def _differs(
+    stock: nn.Module, kind: type[Kind], seen: object, trials: Iterable[tuple]
+) -> str | None:
+    """How the class's own forward differs from ours; tried out with few channels."""
+    ours = as_fused(stock, kind, seen)
+    for arguments in trials:
+        for training in (True, False):
+            stock.__dict__["training"] = ours.__dict__["training"] = training
+            problem = disagreement(stock.forward, ours.forward, *arguments)
+            if problem:
+                return f"its forward is not the one known here: {problem}"
+    return None

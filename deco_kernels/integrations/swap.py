@@ -1,0 +1,174 @@
+"""How does a module become another one in place? It gets a subclass of its own class, and back."""
+
+import copyreg
+from collections import OrderedDict
+from collections.abc import Callable
+from functools import cache, wraps
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from ..projector import Plan
+
+ATTRIBUTE = "_deco_kernels"  # of a fused module: its State
+
+
+class State(NamedTuple):
+    """What a fused module remembers: the backend, and what ``fuse`` saw that must not change."""
+
+    backend: str
+    seen: Any
+
+
+class Found(NamedTuple):
+    """What is known about a module: how it is fused, or why it is left alone.
+
+    ``owned`` are modules that are a part of it, of which nothing more is to be said.
+    """
+
+    what: str
+    kind: "type[Kind] | None" = None
+    seen: Any = None
+    owned: tuple[nn.Module, ...] = ()
+
+
+class FinalClass(Exception):
+    """There can be no subclass of a class."""
+
+
+class Kind:
+    """How modules of one kind are known and fused. Not itself in their classes.
+
+    For code asks modules for names such as ``module``: they get no method that they did not have.
+    """
+
+    bases: tuple[type, ...] = ()
+
+    @classmethod
+    def find(cls, module: nn.Module) -> Found | None:
+        """What ``module`` is; None if it is nothing of this kind."""
+        raise NotImplementedError
+
+    @classmethod
+    def methods(cls, original: type[nn.Module]) -> dict[str, Callable]:
+        """The fused methods, which fall back on those of the original class."""
+        return {}
+
+    @classmethod
+    def plan(cls, module: nn.Module) -> Plan:
+        """Which way the next call of a fused module takes."""
+        raise NotImplementedError
+
+    @classmethod
+    def owned(cls, module: nn.Module) -> tuple[nn.Module, ...]:
+        """Modules in a fused one of which nothing more is to be said."""
+        return ()
+
+
+class Swapped:
+    """In front of a module's own class.
+
+    Only the class of the object changes. So parameters, buffers, hooks, state-dict keys and
+    references to it stay what they are.
+    """
+
+    def _get_name(self) -> str:
+        return f"Fused{super()._get_name()}"
+
+    def __reduce_ex__(self, protocol: int) -> tuple:
+        # The class was made at run time: a copy makes it again from the original one.
+        function, arguments, *rest = super().__reduce_ex__(max(protocol, 2))
+        if function is copyreg.__newobj__ and "deco_kind" in arguments[0].__dict__:
+            made, *more = arguments
+            return _again, (made.deco_kind, made.deco_original, *more), *rest
+        return function, arguments, *rest
+
+
+def _again(kind: type[Kind], original: type[nn.Module], *arguments: object) -> nn.Module:
+    made = fused_class(kind, original)
+    return made.__new__(made, *arguments)
+
+
+@cache
+def fused_class(kind: type[Kind], original: type[nn.Module]) -> type[nn.Module]:
+    """The one subclass of ``original`` with the methods of ``kind``.
+
+    Raises:
+        FinalClass: there can be none.
+    """
+    body = {"deco_kind": kind, "deco_original": original, "__doc__": original.__doc__}
+    for name, method in kind.methods(original).items():
+        body[name] = wraps(getattr(original, name))(method)
+    try:
+        return subclass(original, (Swapped, *kind.bases), body)
+    except TypeError as error:  # a metaclass or a layout that forbids it
+        raise FinalClass(f"its class cannot be extended: {error}") from error
+
+
+def subclass(original: type, mixins: tuple[type, ...], body: dict[str, Any]) -> type:
+    """A subclass under the original's name: configurations and wrapping policies write it down."""
+    names = {"__module__": original.__module__, "__qualname__": original.__qualname__}
+    return type(original)(original.__name__, (*mixins, original), names | body)
+
+
+def kind_of(module: nn.Module) -> type[Kind] | None:
+    """The kind of a fused module; None if it is not fused."""
+    return getattr(type(module), "deco_kind", None)
+
+
+def state(module: nn.Module) -> State:
+    return module.__dict__[ATTRIBUTE]
+
+
+def swap(module: nn.Module, found: Found, backend: str) -> None:
+    module.__class__ = fused_class(found.kind, type(module))
+    module.__dict__[ATTRIBUTE] = State(backend, found.seen)
+
+
+def swap_back(module: nn.Module) -> str | None:
+    """Undo :func:`swap`; the reason if that is not possible."""
+    if "deco_original" not in type(module).__dict__:
+        return f"its class was changed again, to {type(module).__name__}: undo that first"
+    if "forward" in module.__dict__:
+        return "its forward was replaced on the instance: undo that first"
+    module.__class__ = type(module).deco_original
+    del module.__dict__[ATTRIBUTE]
+    return None
+
+
+def stand_in(module: nn.Module, children: dict[str, nn.Module]) -> nn.Module:
+    """An object of ``module``'s class with other children and no hooks, to be tried out."""
+    made = object.__new__(type(module))
+    for key, value in module.__dict__.items():
+        made.__dict__[key] = OrderedDict() if "_hooks" in key and isinstance(value, dict) else value
+    made.__dict__["_modules"] = dict(children)
+    return made
+
+
+def as_fused(stood: nn.Module, kind: type[Kind], seen: Any) -> nn.Module:
+    """The same stand-in, fused."""
+    made = stand_in(stood, stood._modules)
+    swap(made, Found("", kind, seen), "eager")
+    return made
+
+
+def disagreement(
+    stock: Callable[..., object], ours: Callable[..., object], *arguments: object
+) -> str | None:
+    """How two functions differ on the same arguments, float64 on the CPU; None if they agree."""
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        try:
+            want = stock(*arguments)
+        except Exception as error:
+            return f"it raised {type(error).__name__}: {error}"
+        got = ours(*arguments)
+    if not isinstance(want, torch.Tensor) or want.shape != got.shape:
+        return "it returned another shape"
+    return None if torch.allclose(got, want, rtol=1e-9, atol=1e-9) else "it computes something else"
+
+
+def random_tokens(*shape: int) -> torch.Tensor:
+    """Float64 on the CPU, whatever the default is; leaves the global generator alone."""
+    generator = torch.Generator(device="cpu").manual_seed(0)
+    return torch.randn(*shape, generator=generator, dtype=torch.float64, device="cpu")
