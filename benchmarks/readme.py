@@ -83,6 +83,44 @@ def projector() -> str:
     )
 
 
+def fuse() -> str:
+    found: dict[str, dict[str, Row]] = {}
+    for row in rows("fuse.csv"):
+        found.setdefault(row["model"], {})[row["what"]] = row
+    lines = [
+        [
+            model,
+            *(f"**{float(each[what]['stock_over_fused']):.2f}**" for what in ("forward", "step")),
+        ]
+        for model, each in found.items()
+    ]
+    return table(["", "forward: stock / fused", "training step: stock / fused"], lines)
+
+
+def kept() -> str:
+    (row,) = (row for row in rows("fuse.csv") if row["saved_over_stock"])
+    return row["saved_over_stock"]
+
+
+def packed() -> str:
+    found = {row["what"]: row for row in rows("packed.csv")}
+
+    def over(layout: str) -> str:
+        names = (f"forward_beside_a_loop[{layout}-{mode}]" for mode in ("adaptive", "bilinear"))
+        return " and ".join(f"{float(found[name]['loop_over_ours']):.1f}" for name in names)
+
+    build = [
+        float(found[f"build[known sizes-{how}]"]["milliseconds"]) for how in ("target", "merge")
+    ]
+    return paragraph(
+        "**Packed images.** 64 images of 64 sizes, 1024 channels, pooled to 12x12, adaptive and",
+        f"bilinear: a loop over the images takes {over('views')} times as long as one pack, and",
+        f"{over('copies')} times where it copies the tokens channels first. To build a pack of 256",
+        f"images of known sizes takes {build[0]:.1f} ms to one target,",
+        f"{build[1]:.1f} ms by a merge factor.",
+    )
+
+
 def counts() -> str:
     counted, launches = rows("counts.csv"), rows("launches.csv")
     names = [name.removeprefix("model_") for name in counted[0] if name.startswith("model_")]
@@ -141,6 +179,14 @@ so there is nothing to gain:
 {speed()}
 
 {projector()}
+
+**Models that pool after their MLP**, `deco_kernels.fuse` beside the stock module, float32, one
+image or clip on the same CPU: here there is something to gain, as the last product is done on
+pooled tokens only. Perception-LM's projector keeps {kept()} of the stock one's bytes for backward.
+
+{fuse()}
+
+{packed()}
 
 {counts()}
 

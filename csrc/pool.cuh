@@ -99,21 +99,19 @@ static __device__ void act_chunk(const Params& params, const char* x, int64_t st
 // Where one row of P comes from and goes to.
 template <class In, class Out>
 struct Row {
+  unsigned b, o;  // image, output token
   const char* x;
   int64_t stride;
   const int* index;
   const float* weight;
-  const typename Out::Storage* pre;
   typename Out::Storage* p;
 
   __device__ Row(const Params& params, unsigned row) {
-    const unsigned MO = params.MO, b = row / MO, o = row - b * MO;
+    b = row / params.MO, o = row - b * params.MO;
     x = (const char*)params.x + b * params.stride_xb * bytes<In>;
     stride = params.stride_xn * bytes<In>;
     index = params.index + (int64_t)o * params.T;
     weight = params.weight + (int64_t)o * params.T;
-    pre =
-        (const typename Out::Storage*)params.pre + b * params.stride_preb + o * params.stride_pren;
     p = (typename Out::Storage*)params.p + (int64_t)row * params.K;
   }
 };
@@ -151,13 +149,17 @@ static __device__ void plain_row(const Params& params, unsigned row, int part, i
   }
 }
 
+// The same with an activation, or if SLOPE its derivative.
 template <class In, class Out, bool SLOPE>
 static __device__ void act_row(const Params& params, unsigned row, int part, int parts) {
   const Row<In, Out> r(params, row);
   const int first = part * 32 + threadIdx.x % 32, step = parts * 32;
-  const auto chunk = [&](auto elements, int k, int64_t x, int64_t pre) {
+  const auto* pre = (const typename Out::Storage*)params.pre;
+  if (SLOPE) pre += r.b * params.stride_preb + r.o * params.stride_pren;
+  const auto chunk = [&](auto elements, int k, int64_t x, int64_t at) {
     act_chunk<In, Out, decltype(elements)::value, SLOPE>(params, r.x + x * bytes<In>, r.stride,
-                                                         r.index, r.weight, r.pre + pre, r.p + k);
+                                                         r.index, r.weight,
+                                                         SLOPE ? pre + at : nullptr, r.p + k);
   };
   if (params.x_aligned) {
     constexpr int N = VECTOR_OF<In, Out>;

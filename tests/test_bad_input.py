@@ -109,7 +109,7 @@ BAD_BACKENDS = {
     "unknown backend": (
         lambda: pool(X, STENCIL, backend="tpu"),
         ValueError,
-        "backend must be one of auto, triton, cuda, eager; got 'tpu'",
+        "backend must be one of auto, triton, cuda, composed, eager; got 'tpu'",
     ),
     "cuda backend": (
         lambda: pool(X, STENCIL, backend="cuda"),

@@ -33,7 +33,7 @@ class Results:
 
     FILES = (
         *("speed.csv", "memory.csv", "projector.csv", "counts.csv", "launches.csv"),
-        *("predicted.csv", "auto.csv", "benchmarks.json"),
+        *("fuse.csv", "packed.csv", "predicted.csv", "auto.csv", "benchmarks.json"),
     )
     info: dict[str, str] = field(default_factory=dict)
     benchmarks: list[Row] = field(default_factory=list)
@@ -58,7 +58,7 @@ class Results:
 
     def files(self) -> dict[str, str]:
         """File name and content of all there is so far."""
-        measured = (of(self.benchmarks) for of in (speed, memory, projector))
+        measured = (of(self.benchmarks) for of in (speed, memory, projector, fuse, packed))
         tables = *measured, self.counts, self.launches, self.predicted, self.auto
         texts = [_csv(rows) for rows in tables]
         lines = ",\n".join(map(json.dumps, self.benchmarks))
@@ -133,6 +133,42 @@ def projector(benchmarks: Sequence[Row]) -> list[Row]:
                 rows.append({"what": what, unit: _digits(info[unit]), "fused_milliseconds": median})
     columns = ("what", "ratio_to_oracle", "microseconds_over_oracle", "fused_milliseconds")
     return [{name: row.get(name) for name in columns} for row in rows]
+
+
+def fuse(benchmarks: Sequence[Row]) -> list[Row]:
+    """Stock projectors beside themselves fused: the stock one's time, or our bytes, over ours."""
+    rows = []
+    for each in benchmarks:
+        info = each["extra_info"]
+        if "stock_over_fused" in info:
+            model, _, what = each["name"].partition("[")[2].rstrip("]").rpartition("-")
+            row = {
+                "model": model,
+                "what": what,
+                "stock_over_fused": _digits(info["stock_over_fused"]),
+            }
+            rows.append({**row, "saved_over_stock": None})
+        elif "saved_bytes_over_stock" in info:
+            row = {"model": "Perception-LM, 1024 -> 256 tokens", "what": "bytes kept"}
+            saved = _digits(info["saved_bytes_over_stock"])
+            rows.append({**row, "stock_over_fused": None, "saved_over_stock": saved})
+    return rows
+
+
+def packed(benchmarks: Sequence[Row]) -> list[Row]:
+    """Packs of images: their building, and their pooling beside a loop over the images."""
+    rows = []
+    for each in benchmarks:
+        info = each["extra_info"]
+        if each["name"].startswith(("test_build", "test_forward_beside_a_loop")):
+            median = _digits(1e3 * each["stats"]["median"])
+            shortest = _digits(1e3 * each["stats"]["min"])
+            times = {"milliseconds": median, "shortest_milliseconds": shortest}
+            over = _digits(info.get("loop_over_ours"))
+            rows.append(
+                {"what": each["name"].removeprefix("test_"), **times, "loop_over_ours": over}
+            )
+    return rows
 
 
 def _digits(value: float | None) -> float | None:

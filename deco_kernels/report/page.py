@@ -5,7 +5,7 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-from .collect import QUANTITIES, Results, Row, memory, projector, speed
+from .collect import QUANTITIES, Results, Row, fuse, memory, packed, projector, speed
 from .plan import Step
 from .plots import Pictures
 
@@ -20,6 +20,8 @@ SECTIONS = {  # by the step, or by what its name begins with
     "speed": "Measured: time beside eager's",
     "memory": "Measured: bytes kept for backward",
     "projector": "Measured: the fused projector beside the plain one, as the host sees it",
+    "fuse": "Measured: stock projectors that pool after their MLP, beside themselves fused",
+    "packed": "Measured: packs of images of different sizes",
     "predict": "Predicted, not measured: times by the roofline model",
 }
 
@@ -225,6 +227,24 @@ def _projector(output: str, results: Results) -> list[str]:
     return ["", *table(head, rows), "", "[All](projector.csv)."]
 
 
+def _fuse(output: str, results: Results) -> list[str]:
+    rows = [tuple(row.values()) for row in fuse(results.benchmarks)]
+    if not rows:
+        return []
+    text = "In alternation, float32 on a CPU; a step is forward and backward with a trained tower."
+    head = ("model", "what", "stock's time over ours", "our bytes over stock's")
+    return ["", text, "", *table(head, rows, left=2), "", "[All](fuse.csv)."]
+
+
+def _packed(output: str, results: Results) -> list[str]:
+    rows = [tuple(row.values()) for row in packed(results.benchmarks)]
+    if not rows:
+        return []
+    text = "256 images to build; 64 images of 8x8 to 40x40 tokens to pool to 12x12, 1024 channels."
+    head = ("what", "median, ms", "shortest, ms", "time of a loop over the images, over ours")
+    return ["", text, "", *table(head, rows), "", "[All](packed.csv)."]
+
+
 def _predicted(output: str, results: Results) -> list[str]:
     rows = [
         tuple(row.values())
@@ -235,7 +255,12 @@ def _predicted(output: str, results: Results) -> list[str]:
         return []
     head = [name.replace("_us", ", µs").replace("_", " ") for name in results.predicted[0]]
     text = "With the shipped tiles. Other tiles: [predicted.csv](predicted.csv); what is assumed:"
-    return ["", *table(head, rows, left=2), "", f"{text} [predict.txt](predict.txt)."]
+    lines = ["", *table(head, rows, left=2), "", f"{text} [predict.txt](predict.txt)."]
+    if results.auto:
+        head = [name.replace("_us", ", µs").replace("_", " ") for name in results.auto[0]]
+        told = 'What "auto" takes where `tune` has measured nothing, and why:'
+        lines += ["", told, "", *table(head, [tuple(row.values()) for row in results.auto])]
+    return lines
 
 
 _BODIES: dict[str, Callable[[str, Results], list[str]]] = {
@@ -247,5 +272,7 @@ _BODIES: dict[str, Callable[[str, Results], list[str]]] = {
     "speed": _speed,
     "memory": _memory,
     "projector": _projector,
+    "fuse": _fuse,
+    "packed": _packed,
     "predict": _predicted,
 }
