@@ -215,6 +215,8 @@ def main() -> None:
     if not re.search(f"{BEGIN}.*{END}", text, re.S):
         raise SystemExit(f"README.md has no region between {BEGIN.strip()} and {END}")
     head, _, rest = text.partition(BEGIN)
+    if "**Complete.**" not in (RESULTS / "report.md").read_text():
+        raise SystemExit(f"{RESULTS} holds no complete report: see its report.md")
     try:
         new = region()
     except (KeyError, ValueError, OSError) as error:

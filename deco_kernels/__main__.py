@@ -185,7 +185,7 @@ def _parser() -> argparse.ArgumentParser:
     added.add_argument("--steps", type=int)
     added.add_argument("--seed", type=int)
     where(added)
-    text = "all of it here, in one report: right, fast, lean; minutes"
+    text = "check, tests, tune and benchmarks here, in one report; takes minutes"
     added = command("report", _report, text)
     help_out = "a folder to make, or of an earlier report, whose files are then replaced"
     added.add_argument("--out", type=Path, required=True, metavar="DIR", help=help_out)

@@ -133,6 +133,11 @@ def state() -> str:
     return f"not built yet; buildable (nvcc {cuda_version(nvcc())})"
 
 
+def built(arch: int) -> bool:
+    """Whether the library is there for ``arch``, so that its first use starts no compiler."""
+    return _fits(arch) or bool(not _obstacle() and wanted_archs() and target().is_file())
+
+
 def _fits(arch: int) -> bool:
     ahead = _ahead_of_time()
     return ahead is not None and _covers(ahead.arch_list, ahead.ptx_arch, arch)

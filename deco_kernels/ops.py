@@ -111,7 +111,8 @@ def _pool_linear(
     table = Table(index, weight, ragged, geometry)
     bias = None if bias is None else bias.contiguous()  # the kernels read no strides of it
     if backend == "auto":
-        call = Call.pool_linear(x.shape, index.shape, w.shape, w.dtype, activation is not None)
+        gelu = activation is not None
+        call = Call.pool_linear(x.shape, index.shape, w.shape, w.dtype, gelu, act)
         backend = backends.fastest(x.device, call).backend
     out = backends.get(backend).pool_linear(x, table, w, bias, activation, keep_z, act)
     return _filled(w, *out)

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from . import functional
-from .backends import check_backend, choose, fastest
+from .backends import check_backend, choose, fastest, preferred
 from .checks import check_count, check_grid, check_tokens, square_side
 from .plain import hooked_globally, materialised, plain
 from .reference import AvgPoolProjector
@@ -147,7 +147,10 @@ class FusedAvgPoolProjector(AvgPoolProjector):
         layer, and the reason has those of the other layers' backwards too.
         """
         plan = self._plan(x)
-        if plan.backend != "auto" or plan.path != "fused" or x is None:
+        if plan.backend == "auto" and plan.path == "pooled":
+            like = x if x is not None else next(self.parameters())
+            return plan._replace(backend=preferred(like.device, like.dtype).backend)
+        if plan.backend != "auto" or x is None:
             return plan
         stencil = Stencil.adaptive_checked(self._check(x, grid), (self._side, self._side))
         table = stencil.tables(x.device, torch.float32)[0].index.shape

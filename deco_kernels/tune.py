@@ -15,6 +15,7 @@ from .measure import seconds
 from .stencil import Stencil, Table
 from .tuning import cache
 from .tuning.call import Call
+from .tuning.decide import remember
 
 CANDIDATES = tuple(backend for backend in BACKENDS if backend != "auto")
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "tf32": torch.float32}
@@ -132,27 +133,50 @@ def run(
         _print_plan(jobs, dtype)
         return
     place = _gpu(device)
-    candidates = [b for b in CANDIDATES if not unusable(b, place, DTYPES[dtype])]
+    candidates = []
     for backend in CANDIDATES:
-        if backend not in candidates:
-            print(f"skip {backend}: {unusable(backend, place, DTYPES[dtype])}")
+        problem = _problem(backend, place, DTYPES[dtype])
+        if problem:
+            print(f"skip {backend}: {problem}")
+        else:
+            candidates.append(backend)
     if candidates == ["eager"]:
         raise RuntimeError(f"there is nothing to choose from: only eager runs on {place}")
     precision = float32_matmul("tf32") if dtype == "tf32" else nullcontext()
     total = len(jobs) * (WARMUP + ROUNDS)
     with precision, tqdm(total=total, desc=f"tune {place}", unit="round") as bar:
         for job in jobs:
-            times = measure(job, candidates, place, bar.update)
-            file = cache.store(place.index, {job.call: times})  # at once: nothing measured is lost
+            times = measure(job, _different(job, candidates), place, bar.update)
+            file = remember(place.index, {job.call: times})  # at once: nothing measured is lost
             bar.write(_line(job, times))
     print(f'"auto" takes the fastest from now on, by {file}')
 
 
 def _gpu(device: str) -> torch.device:
-    place = torch.device(device)
-    if place.type != "cuda" or not torch.cuda.is_available():
-        raise RuntimeError(f"tune needs a CUDA device, got {device}; --dry-run prints the plan")
+    place, count = torch.device(device), torch.cuda.device_count()
+    if place.type != "cuda" or (place.index or 0) >= count:
+        problem = f"got {device}, there are {count}; --dry-run prints the plan"
+        raise RuntimeError(f"tune needs a CUDA device, {problem}")
     return torch.device("cuda", torch.cuda.current_device() if place.index is None else place.index)
+
+
+def _problem(backend: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why ``backend`` is not measured; builds the CUDA library, if it is to be had."""
+    problem = unusable(backend, device, dtype)
+    if problem or backend != "cuda":
+        return problem
+    try:
+        get(backend).prepare(device)
+    except RuntimeError as error:
+        return str(error).partition("\n")[0]
+    return None
+
+
+def _different(job: Job, candidates: Sequence[str]) -> list[str]:
+    """Without those that run the same as others but for noise."""
+    if job.call.verb == "dact_linear" and "triton" in candidates:
+        return [each for each in candidates if each != "cuda"]  # cuBLAS's product, as composed
+    return list(candidates)
 
 
 def _line(job: Job, times: dict[str, float]) -> str:

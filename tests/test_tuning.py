@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import warnings
 from types import SimpleNamespace
 
@@ -9,9 +10,10 @@ import pytest
 import torch
 from machines import simulated
 
-from deco_kernels import FusedAvgPoolProjector, Stencil, backends, ops, tune
+from deco_kernels import FusedAvgPoolProjector, Stencil, backends, extension, ops, tune
 from deco_kernels.backends import Choice
 from deco_kernels.check import float32_matmul
+from deco_kernels.kernels.launch import Chip
 from deco_kernels.tuning import cache, chips, decide
 from deco_kernels.tuning.call import Call
 from deco_kernels.tuning.chips import CHIPS
@@ -45,14 +47,14 @@ def gpu(monkeypatch, tmp_path):
     def become(name="NVIDIA H100 80GB HBM3", **changed):
         device = properties(name, **changed)
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: device)
-        for kept in (chips.figures_of, cache._load, backends._fastest):
+        for kept in (chips.figures_of, cache.load, decide.ranking):
             kept.cache_clear()
 
     monkeypatch.setenv("DECO_KERNELS_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.setattr(backends, "preferred", lambda device, dtype: Choice("triton", "it is here"))
     become()
     yield become
-    for kept in (chips.figures_of, cache._load, backends._fastest):
+    for kept in (chips.figures_of, cache.load, decide.ranking):
         kept.cache_clear()
 
 
@@ -68,7 +70,7 @@ def test_calls_of_one_bucket_are_alike():
 def test_what_was_measured_decides(gpu):
     assert backends.fastest(CUDA, FORWARD).backend == "triton"
     cache.store(0, {FORWARD.bucket(): TIMES, BACKWARD.bucket(): {"triton": 2.0, "eager": 1.0}})
-    backends._fastest.cache_clear()
+    decide.ranking.cache_clear()
     choice = backends.fastest(CUDA, FORWARD)
     assert choice == ("composed", "measured microseconds: composed 20.5, triton 30, eager 40")
     assert backends.fastest(CUDA, BACKWARD).backend == "eager"
@@ -104,7 +106,7 @@ def test_without_a_model_for_it_the_fused_kernel_is_not_taken(gpu):
     gpu("A chip of tomorrow", major=13, minor=0)
     assert backends.fastest(CUDA, FORWARD) == (
         "composed",
-        "nothing was measured, and nothing is known of this GPU",
+        "nothing is known of this GPU, or of who can run here",
     )
 
 
@@ -122,18 +124,32 @@ def test_what_the_driver_says_of_an_unlisted_chip(gpu):
     assert chips.figures_of(0) is CHIPS["H200"]
 
 
-def test_a_measured_cuda_kernel_is_taken_only_if_it_can_run(gpu, monkeypatch):
+def test_a_measured_cuda_kernel_is_taken_only_if_it_is_built(gpu, monkeypatch):
     cache.store(0, {BUCKET: {"cuda": 1.0, "composed": 2.0}})
     monkeypatch.setattr(backends.get("cuda"), "unusable", lambda device, dtype: None)
-    monkeypatch.setattr(backends.get("cuda"), "prepare", lambda device: None)
-    assert backends.fastest(CUDA, FORWARD).backend == "cuda"
+    monkeypatch.setattr(backends, "chip_of", lambda device: Chip(90, 132))
+    for built in (True, False):
+        monkeypatch.setattr(extension, "built", lambda arch, built=built: built)
+        assert backends.fastest(CUDA, FORWARD).backend == ("cuda" if built else "composed")
 
-    def prepare(device):
-        raise RuntimeError("no nvcc")
 
-    monkeypatch.setattr(backends.get("cuda"), "prepare", prepare)
-    backends._fastest.cache_clear()
-    assert backends.fastest(CUDA, FORWARD).backend == "composed"
+def test_activated_tokens_are_another_call(gpu):
+    """Plain measurements say nothing of them; eager copies the tokens to activate them."""
+    act = Call.pool_linear((64, 576, 1024), (144, 4), (4096, 1024), BF16, False, "silu")
+    plain = act._replace(act=None)
+    cache.store(0, {plain.bucket(): TIMES})
+    assert backends.fastest(CUDA, plain).backend == "composed"
+    assert backends.fastest(CUDA, act).reason.startswith("predicted")
+    times = [decide.predicted(CHIPS["H100"], "triton", call) for call in (plain, act)]
+    assert times[0]["eager"] < times[1]["eager"]
+    assert str(act).startswith("pool_linear of silu bfloat16")
+
+
+def test_the_cuda_kernel_is_predicted_with_its_own_tiles(gpu):
+    """One image on an RTX 4090: two panels of 128 x 128 tiles leave SMs idle, 64 x 128 does not."""
+    call = FORWARD._replace(rows=256)
+    triton, cuda = (decide.predicted(CHIPS["RTX4090"], who, call) for who in ("triton", "cuda"))
+    assert triton["triton"] < cuda["composed"] < cuda["cuda"]
 
 
 def test_float32_by_ieee_rules_has_nothing_to_choose(gpu):
@@ -203,6 +219,8 @@ def damage(**changed):
         (lambda content: json.dumps(content).replace("20.5", '"fast"'), "corrupt"),
         (lambda content: json.dumps(content).replace("bfloat16", "int99"), "corrupt"),
         (lambda content: json.dumps(content).replace("16384", '"many"'), "corrupt"),
+        (lambda content: json.dumps({**content, "key": []}), "for format None"),
+        (lambda content: json.dumps({**content, "key": 3}), "corrupt"),
         (damage(torch="1.13.0"), "for torch 1.13.0, this is"),
         (damage(device="NVIDIA V100"), "for device NVIDIA V100"),
         (damage(format=99), "for format 99"),
@@ -225,7 +243,27 @@ def test_storing_adds_and_leaves_no_other_files(gpu):
     file = cache.store(0, {BACKWARD: TIMES, BUCKET: {"eager": 5.0}})
     assert cache.load(0) == {BUCKET: {"eager": 5.0}, BACKWARD: TIMES}
     assert {f.name for f in file.parent.iterdir()} <= {file.name, f"{file.name}.lock"}
-    assert file.name == "NVIDIA-H100-80GB-HBM3.json"
+    assert re.fullmatch(r"NVIDIA-H100-80GB-HBM3-[0-9a-f]{12}\.json", file.name)
+
+
+def test_environments_share_a_folder(gpu, monkeypatch):
+    cache.store(0, {BUCKET: TIMES})
+    monkeypatch.setattr(torch, "__version__", "9.0")
+    cache.load.cache_clear()
+    assert cache.load(0) == {}
+    cache.store(0, {BUCKET: {"eager": 5.0}})
+    assert len(list(cache.folder().glob("*.json"))) == 2
+
+
+def test_without_a_home_nothing_was_measured(gpu, monkeypatch):
+    def homeless(path):
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("DECO_KERNELS_CACHE_DIR")
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(cache.Path, "expanduser", homeless)
+    assert cache.load(0) == {}
+    assert backends.fastest(CUDA, FORWARD).backend == "triton"
 
 
 def test_a_killed_writer_leaves_the_old_file(gpu, monkeypatch):
@@ -237,7 +275,7 @@ def test_a_killed_writer_leaves_the_old_file(gpu, monkeypatch):
     monkeypatch.setattr(os, "replace", killed)
     with pytest.raises(KeyboardInterrupt):
         cache.store(0, {BUCKET: {"eager": 5.0}})
-    cache._load.cache_clear()
+    cache.load.cache_clear()
     assert cache.load(0) == {BUCKET: TIMES}
 
 
@@ -257,10 +295,17 @@ def test_tune_measures_stores_and_auto_obeys(gpu, monkeypatch, capsys):
     """On the CPU, with one backend: the times are those of the host."""
     cpu = torch.device("cpu", 0)
     monkeypatch.setattr(tune, "_gpu", lambda device: cpu)
-    monkeypatch.setattr(tune, "unusable", lambda backend, *_: "a test" * (backend == "cuda"))
+    monkeypatch.setattr(tune, "unusable", lambda backend, *_: None)
+
+    def prepare(device):
+        raise RuntimeError("no compiler\nand a long story")
+
+    monkeypatch.setattr(backends.get("cuda"), "prepare", prepare)
     calls = []
 
     def verbs(backend):
+        if backend == "cuda":
+            return backends.get("cuda")
         calls.append(backend)
         return backends.get("eager")
 
@@ -276,7 +321,7 @@ def test_tune_measures_stores_and_auto_obeys(gpu, monkeypatch, capsys):
         (verb, rows) for verb in ("pool_linear", "dact_linear") for rows in (128, 256, 512)
     }
     out = capsys.readouterr().out
-    assert "skip cuda: a test" in out
+    assert "skip cuda: no compiler\n" in out
     assert str(cache.path(0)) in out
     call = next(iter(stored))
     with float32_matmul("tf32"):
@@ -299,6 +344,7 @@ def test_a_dry_run_prints_the_plan_and_touches_nothing(capsys, monkeypatch, tmp_
         ({"query_num": 5}, ValueError, "query_num must be a square number, got 5"),
         ({"dtype": "float64"}, ValueError, "dtype must be one of bfloat16, float16, tf32"),
         ({"device": "cpu"}, RuntimeError, "tune needs a CUDA device, got cpu"),
+        ({"device": "cuda:9"}, RuntimeError, "tune needs a CUDA device, got cuda:9, there are"),
         ({"batch": ()}, ValueError, "batch must name at least one"),
     ],
 )

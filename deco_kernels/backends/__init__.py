@@ -1,11 +1,12 @@
 """Who computes it? Chooses a backend and says why."""
 
-from functools import lru_cache
 from types import ModuleType
 from typing import NamedTuple
 
 import torch
 
+from .. import extension
+from ..kernels.launch import chip_of
 from ..tuning.call import Call
 from ..tuning.decide import ranking
 from . import composed, cuda, eager, triton
@@ -27,7 +28,7 @@ class Choice(NamedTuple):
 
 
 def get(backend: str) -> ModuleType:
-    """The module with the verbs ``pool``, ``pool_linear`` and ``dact_linear``."""
+    """The module with the verbs ``pool``, ``dact_pool``, ``pool_linear`` and ``dact_linear``."""
     return _MODULES[backend]
 
 
@@ -79,28 +80,23 @@ def preferred(device: torch.device, dtype: torch.dtype) -> Choice:
 def fastest(device: torch.device, call: Call) -> Choice:
     """What "auto" takes for a call on a CUDA device: as measured there by ``tune``, or predicted.
 
-    Measures nothing. The file of measurements is read once.
+    Measures and builds nothing. The file of measurements is read once.
     """
     kernels = preferred(device, call.dtype).backend
     if kernels == "eager" or not get(kernels).fuses(device, call.dtype):
         # All that is ours in float32 by IEEE rules is the pooling and the elementwise kernels.
         return Choice(kernels, f"only {kernels} has kernels for it")
-    return _fastest(device, kernels, call)
-
-
-@lru_cache(maxsize=4096)
-def _fastest(device: torch.device, kernels: str, call: Call) -> Choice:
-    times, source = ranking(device.index, kernels, call)
-    for backend in times:
+    order, reason = ranking(device.index, kernels, call)
+    for backend in order:
         if _runs(backend, device, kernels, call.dtype):
-            told = ", ".join(f"{name} {us:.3g}" for name, us in times.items())
-            return Choice(backend, f"{source} microseconds: {told}")
-    return Choice("composed", "nothing was measured, and nothing is known of this GPU")
+            return Choice(backend, reason)
+    return Choice("composed", "nothing is known of this GPU, or of who can run here")
 
 
 def _runs(backend: str, device: torch.device, kernels: str, dtype: torch.dtype) -> bool:
+    """Whether ``backend`` can start now, and compiles no library for that."""
     if backend == "cuda" and kernels != "cuda":
-        return not (cuda.unusable(device, dtype) or _not_built(device))
+        return not cuda.unusable(device, dtype) and extension.built(chip_of(device).arch)
     return backend in (kernels, "composed", "eager")
 
 

@@ -19,7 +19,7 @@ def dgelu_kernel(
     BM: tl.constexpr,
     BN: tl.constexpr,
 ):
-    panel, first = tl.program_id(1), tl.program_id(0) * BN
+    panel, first = tl.program_id(0), tl.program_id(1) * BN
     rm, rn = panel * BM + tl.arange(0, BM), first + tl.arange(0, BN)
     inside = (rm < M)[:, None] & (rn < N)[None, :]
     dg = tl.load(dz + rm.to(tl.int64)[:, None] * N + rn[None, :], mask=inside, other=0.0)
@@ -40,7 +40,7 @@ def dgelu(
     (m, features), tiles = z.shape, config.tiles
     launch(
         dgelu_kernel,
-        (triton.cdiv(features, tiles["BN"]), triton.cdiv(m, tiles["BM"])),
+        (triton.cdiv(m, tiles["BM"]), triton.cdiv(features, tiles["BN"])),
         config,
         dz=dz,
         z=z,

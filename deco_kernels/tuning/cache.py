@@ -1,10 +1,14 @@
-"""What was measured on this device? One file a device, that ``tune`` writes and "auto" reads."""
+"""What was measured on this device? A file that ``tune`` writes and "auto" reads.
 
+Its name has the device and a digest of all that a measurement holds for. So environments share a
+folder, and what was measured with other versions is not found rather than misread.
+"""
+
+import hashlib
 import json
 import os
 import platform
 import re
-import tempfile
 import warnings
 from collections.abc import Mapping
 from functools import lru_cache
@@ -16,6 +20,7 @@ import torch
 from filelock import FileLock
 
 from .call import Call
+from .table import FILE
 
 FORMAT = 1  # of the file; another one is foreign
 Times = dict[str, float]  # microseconds by backend
@@ -41,6 +46,7 @@ def key(index: int) -> dict[str, Any]:
     p = torch.cuda.get_device_properties(index)
     return {
         "format": FORMAT,
+        "tiles": hashlib.sha256(FILE.read_bytes()).hexdigest()[:16],
         "device": f"{p.name}, {p.major}.{p.minor}, {p.multi_processor_count} SMs",
         "deco_kernels": _version("deco_kernels"),
         "torch": torch.__version__,
@@ -51,21 +57,26 @@ def key(index: int) -> dict[str, Any]:
 
 
 def path(index: int) -> Path:
-    """The file of CUDA device ``index``; devices of one name share it."""
-    name = re.sub(r"\W+", "-", torch.cuda.get_device_properties(index).name)
-    return folder() / f"{name}.json"
+    """The file of CUDA device ``index``, for the versions that are here.
 
-
-def load(index: int) -> Mapping[Call, Times]:
-    """What the file of CUDA device ``index`` says; nothing, with a warning, if it is not for here.
-
-    Read once a process and file, so that what "auto" takes does not change under a training.
+    Raises:
+        RuntimeError: there is no home to have caches in.
     """
-    return _load(index, path(index))
+    name = re.sub(r"\W+", "-", torch.cuda.get_device_properties(index).name)
+    digest = hashlib.sha256(json.dumps(key(index)).encode()).hexdigest()[:12]
+    return folder() / f"{name}-{digest}.json"
 
 
 @lru_cache(maxsize=64)
-def _load(index: int, file: Path) -> Mapping[Call, Times]:
+def load(index: int) -> Mapping[Call, Times]:
+    """What the file of CUDA device ``index`` says; nothing, with a warning, if it is not for here.
+
+    Read once a process, so that what "auto" takes does not change under a training.
+    """
+    try:
+        file = path(index)
+    except RuntimeError:  # nobody can have written there
+        return {}
     try:
         return _read(file, key(index))
     except FileNotFoundError:
@@ -85,13 +96,14 @@ def _read(file: Path, here: dict[str, Any]) -> dict[Call, Times]:
     """
     try:
         content = json.loads(file.read_bytes())
-        made, entries = content["key"], content["calls"]
-        found = {_call(entry["call"]): _times(entry["microseconds"]) for entry in entries}
+        made, entries = dict(content["key"]), content["calls"]
+        foreign = [name for name, value in here.items() if made.get(name) != value]
+        calls = [] if foreign else entries
+        found = {_call(entry["call"]): _times(entry["microseconds"]) for entry in calls}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"it is corrupt ({type(error).__name__}: {error})") from None
-    for name, value in here.items():
-        if made.get(name) != value:
-            raise ValueError(f"it is for {name} {made.get(name)}, this is {value}")
+    for name in foreign:
+        raise ValueError(f"it is for {name} {made.get(name)}, this is {here[name]}")
     return found
 
 
@@ -113,8 +125,6 @@ def _times(entry: dict[str, Any]) -> Times:
 def store(index: int, measured: Mapping[Call, Times]) -> Path:
     """Add measurements to the file of CUDA device ``index``, in place of what is not for here.
 
-    Other processes see the old file or the new one.
-
     Raises:
         OSError: the file cannot be written.
     """
@@ -132,8 +142,16 @@ def store(index: int, measured: Mapping[Call, Times]) -> Path:
             }
             for call, times in {**known, **measured}.items()
         ]
-        with tempfile.NamedTemporaryFile("w", dir=file.parent, delete=False) as new:
-            json.dump({"key": here, "calls": calls}, new, indent=1)
-        os.replace(new.name, file)
-    _load.cache_clear()
+        _replace(file, json.dumps({"key": here, "calls": calls}, indent=1))
+    load.cache_clear()
     return file
+
+
+def _replace(file: Path, text: str) -> None:
+    """Other processes see the old file or the new one; it is as readable as any file."""
+    new = file.with_name(f"{file.name}.{os.getpid()}")
+    try:
+        new.write_text(text)
+        os.replace(new, file)
+    finally:
+        new.unlink(missing_ok=True)

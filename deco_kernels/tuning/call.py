@@ -22,6 +22,7 @@ class Call(NamedTuple):
         channels: what the product sums over.
         features: columns of the product.
         activation: whether a GELU follows, or comes before.
+        act: what is applied to the tokens before they are pooled.
     """
 
     verb: str
@@ -32,6 +33,7 @@ class Call(NamedTuple):
     channels: int
     features: int
     activation: bool
+    act: str | None = None
 
     @classmethod
     def pool_linear(
@@ -41,11 +43,13 @@ class Call(NamedTuple):
         w: Sequence[int],
         dtype: torch.dtype,
         activation: bool,
+        act: str | None = None,
     ) -> "Call":
         """For tokens of shape [B, n_in, K], a gather table [n_out, T] and a weight [N, K]."""
         (batch, tokens_in, channels), (tokens_out, window), (features, _) = x, table, w
         rows, compression = _panels(batch * tokens_out), round(tokens_in / tokens_out, 1)
-        return cls("pool_linear", dtype, rows, compression, window, channels, features, activation)
+        sizes = rows, compression, window, channels, features
+        return cls("pool_linear", dtype, *sizes, activation, act)
 
     @classmethod
     def dact_linear(cls, rows: int, w: Sequence[int], dtype: torch.dtype) -> "Call":
@@ -67,7 +71,7 @@ class Call(NamedTuple):
         name = str(self.dtype).removeprefix("torch.")
         name = "tf32" if self.dtype == torch.float32 else name
         pooling = f", {self.compression:g} tokens to one" if self.window else ""
-        gelu = " and gelu" if self.activation else ""
+        gelu = f" of {self.act}" if self.act else " and gelu" if self.activation else ""
         sizes = f"[{self.rows}, {self.channels}] -> [{self.rows}, {self.features}]"
         return f"{self.verb}{gelu} {name} {sizes}{pooling}"
 

@@ -115,13 +115,19 @@ class Predictor:
         slowest = max(limits, key=limits.__getitem__)
         return start + limits[slowest] + self.given.launch_us, slowest
 
-    def composed_forward(self, shape: Shape, activation: bool, aten: bool) -> float:
-        """Our pool kernel or ATen's, cuBLAS's product, then ATen's GELU."""
+    def composed_forward(
+        self, shape: Shape, activation: bool, aten: bool, tokens_act: bool = False
+    ) -> float:
+        """Our pool kernel or ATen's, cuBLAS's product, then ATen's GELU.
+
+        With ``tokens_act`` the tokens are activated before: ATen makes a copy of them for that.
+        """
         pool = self.given.aten_pool_efficiency if aten else self.given.pool_efficiency
         nbytes = self._fresh(shape.p_bytes) + shape.w_bytes + shape.z_bytes
         gelu = self._pointwise(self._fresh(shape.z_bytes) + shape.z_bytes) if activation else 0.0
         pooling = self._dram(shape.x_bytes + shape.p_bytes, pool) + self.given.launch_us
-        return pooling + self._cublas(shape, nbytes) + gelu
+        copy = self._pointwise(2 * shape.x_bytes) if tokens_act and aten else 0.0
+        return copy + pooling + self._cublas(shape, nbytes) + gelu
 
     def peer_forward(self, shape: Shape) -> float:
         """Our pool kernel, then one cuBLASLt product whose epilogue adds the bias, stores Z, G."""
