@@ -94,7 +94,7 @@ def test_pool_linear_does_what_the_model_counts(assert_counted, case):
 
 @COMPILED
 @pytest.mark.parametrize("tile", [(128, 128), (64, 256), (128, 256), (256, 128)])
-def test_candidates_do_what_the_model_counts(tile):
+def test_candidates_do_what_the_model_counts(assert_counted, tile):
     shape, configs = SHAPES["overlapping windows, two ragged panels"], candidates("pool_linear", 2)
     config = next(c for c in configs if (c.tiles["BM"], c.tiles["BN"]) == tile)
     with override("pool_linear", 2, config):

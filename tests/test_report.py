@@ -251,6 +251,7 @@ def test_what_a_cpu_only_plans_says_so(fake, tmp_path):
     assert steps[True]["gpu_tests"].reason is None
 
 
+@pytest.mark.slow
 def test_the_step_of_the_gpu_finds_tests():
     (command,) = (each.command for each in plan(on_gpu=True) if each.name == "gpu_tests")
     run = subprocess.run(

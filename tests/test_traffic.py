@@ -122,7 +122,17 @@ def test_no_more_bank_conflicts_than_a_plain_matmul(arch):
 class Count(TorchDispatchMode):
     """Names the operators that compute; an operator of ours is opened up."""
 
-    FREE = ("detach", "view", "_unsafe_view", "t", "permute", "empty", "new_empty", "zeros")
+    FREE = (
+        "detach",
+        "view",
+        "_unsafe_view",
+        "t",
+        "permute",
+        "empty",
+        "empty_like",
+        "new_empty",
+        "zeros",
+    )
 
     def __init__(self):
         super().__init__()
