@@ -32,8 +32,8 @@ class Results:
     """
 
     FILES = (
-        *("speed.csv", "memory.csv", "projector.csv", "counts.csv", "launches.csv"),
-        *("fuse.csv", "packed.csv", "predicted.csv", "auto.csv", "benchmarks.json"),
+        *("speed.csv", "memory.csv", "projector.csv", "fuse.csv", "packed.csv"),
+        *("counts.csv", "launches.csv", "predicted.csv", "auto.csv", "benchmarks.json"),
     )
     info: dict[str, str] = field(default_factory=dict)
     benchmarks: list[Row] = field(default_factory=list)
