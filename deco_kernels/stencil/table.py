@@ -81,10 +81,8 @@ def concatenated(tables: Sequence[Table], heights: Sequence[int], spans: Sequenc
 
     ``tables[i]`` has ``heights[i]`` rows and reads ``spans[i]`` rows.
     """
-    index = tables[0].index.new_empty(sum(heights), tables[0].index.shape[1])
-    # Block by block, not all at once by `repeat_interleave`: small sums need no second thread.
-    starts = accumulate(spans, initial=0)
-    for t, part, start in zip(tables, index.split(heights), starts, strict=False):
-        torch.add(t.index, start, out=part)
+    index = torch.cat([t.index for t in tables])
+    starts = torch.tensor([0, *accumulate(spans[:-1])], dtype=torch.int32, device=CPU)
+    index += starts.repeat_interleave(torch.tensor(heights, device=CPU))[:, None]
     weight = torch.cat([t.weight for t in tables])
     return Table(index, weight, any(t.ragged for t in tables), "")
