@@ -99,7 +99,7 @@ def fuse() -> str:
 
 def kept() -> str:
     (row,) = (row for row in rows("fuse.csv") if row["saved_over_stock"])
-    return row["saved_over_stock"]
+    return f"{float(row['saved_over_stock']):.2f}"
 
 
 def packed() -> str:
@@ -156,7 +156,7 @@ def decisions() -> str:
         ways = row["forward_auto"], row["backward_auto"]
         cell = ways[0] if ways[0] == ways[1] else " / ".join(ways)
         cell = cell if cell == "fused" else f"**{cell}**"
-        found.setdefault(f"{row['images']} images", []).append(cell)
+        found.setdefault(f"images: {row['images']}", []).append(cell)
     chips = dict.fromkeys(row["chip"] for row in rows("auto.csv"))
     return table(["", *chips], [[name, *cells] for name, cells in found.items()])
 

@@ -94,6 +94,17 @@ def test_16_bit_error_is_at_most_stock(machine, dtype, activation, grids):  # no
     assert not [race for stats in launches for race in stats.races]
 
 
+@pytest.mark.slow
+def test_a_window_of_a_whole_image(machine):  # noqa: F811
+    """576 tokens to one: the longest loop of a gather, and a backward of one term."""
+    grids = (24, 24), (1, 1)
+    made = tensors(torch.float16, grids, 1, 16, 16, machine.device)
+    with machine.context() as launches:
+        found = errors(*made, grids, "gelu", machine.backend)
+    assert all(e.within() for e in found), found
+    assert not [race for stats in launches for race in stats.races]
+
+
 @pytest.mark.parametrize("activation", ["gelu", "quick_gelu"])
 def test_float32_error_is_about_that_of_stock(machine, activation):  # noqa: F811
     grids = GRIDS["overlapping"]
