@@ -221,7 +221,7 @@ def test_outside_a_checkout_only_the_package_is_asked(monkeypatch):
     monkeypatch.setattr(plans, "checkout", lambda: None)
     for each in plan(on_gpu=True):
         folder = "benchmarks" if "benchmarks" in each.command[1] else "tests"
-        why = f"no {folder}/ beside the package; run from a checkout"
+        why = f"no {folder}/ here; run from a checkout"
         if each.command[0] == "pytest" and each.name != "counts":
             assert each.reason == why
         else:

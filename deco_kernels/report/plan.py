@@ -8,7 +8,7 @@ from shlex import join
 
 PACKAGES = {"pytest": "pytest", "pytest_benchmark": "pytest-benchmark", "numpy": "numpy"}
 NO_GPU = "no CUDA device"
-CHECKOUT = "beside the package; run from a checkout"
+CHECKOUT = "here; run from a checkout"
 
 # On a GPU: shapes that fill it and do not take minutes. max-autotune would, for each of them.
 GPU_SHAPES = "llava-576-144-b64", "llava-576-144-b8", "gemma3-4096-256-b8", "siglip-729-196-b8"
@@ -48,10 +48,10 @@ class Step:
 
 
 def checkout() -> Path | None:
-    """The folder that holds the package, tests/ and benchmarks/; None if it does not."""
-    root = Path(__file__).resolve().parents[2]
+    """The folder with tests/ and benchmarks/: the package's, else the current one; or None."""
     ours = "tests/test_model.py", "benchmarks/test_speed.py"  # others have such folders too
-    return root if all((root / file).is_file() for file in ours) else None
+    roots = Path(__file__).resolve().parents[2], Path.cwd()
+    return next((root for root in roots if all((root / file).is_file() for file in ours)), None)
 
 
 def missing(packages: dict[str, str]) -> str | None:
