@@ -22,6 +22,7 @@ HEAVIEST = {  # and the kernels they launch
     "bf16 pool 729->196": ["pool"],
     "bf16 gelu 729->196": ["pool_linear"],
     "bf16 dz, g and db": ["dact_linear", "bias_grad"],
+    "bf16 elementwise dz, g and db": ["dgelu", "bias_grad"],
 }
 PRODUCTS = ("pool_linear", "dact_linear")
 QUICK = [(case, arch) for arch in (80, 90) for case in HEAVIEST]

@@ -109,6 +109,13 @@ def test_the_interpreter_agrees():
     assert int(re.search(r"(\d+) passed", run.stdout)[1]) >= 22
 
 
+def skip_if_seen(machine, case):
+    """Machines whose kernels differ little from others show two cases."""
+    alike = machine.name == "sm90" or (machine.backend, machine.name) == ("composed", "sm80")
+    if alike and case not in (CASES["overlapping"], CASES["global"]):
+        pytest.skip("seen on sm80")
+
+
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 def test_16_bit_error_is_at_most_eager(machine, dtype, case):
@@ -122,6 +129,7 @@ def test_16_bit_error_is_at_most_eager(machine, dtype, case):
         and case not in (CASES["overlapping"], CASES["unaligned"])
     ):
         pytest.skip("two cases show the two instructions that are others than in bfloat16")
+    skip_if_seen(machine, case)
     with machine.context() as launches:
         found = case_errors(case, dtype, torch.device(machine.device), machine.backend, seed=1)
     assert all(e.within() for e in found), found
@@ -130,6 +138,7 @@ def test_16_bit_error_is_at_most_eager(machine, dtype, case):
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 def test_tf32_error_is_at_most_that_of_tf32_products(machine, case):
+    skip_if_seen(machine, case)
     device = machine.device
     batch, side, query_num, channels, features, layers, strided = case
     torch.manual_seed(2)

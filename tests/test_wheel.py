@@ -137,7 +137,7 @@ def test_the_kernels_build_at_first_use(tmp_path):
         x, weight = torch.zeros(1, 4, 8), torch.zeros(1, 4)
         index = torch.zeros(1, 4, dtype=torch.int32)
         try:
-            operators.pool(x, index, weight, False, torch.zeros(1, 1, 8))
+            operators.pool(x, index, weight, False, None, None, torch.zeros(1, 1, 8))
         except (RuntimeError, ValueError) as error:
             print(error)
         else:
