@@ -52,6 +52,7 @@ def check(stencil, want) -> None:
         assert table.index.shape == (len(matrix), max(int(lengths.max()), 1))
         assert torch.equal(table.weight.count_nonzero(1), lengths)
         assert table.ragged == bool((table.weight == 0).any())
+        assert torch.equal(table.weight[:, 0] != 0, lengths > 0)
         assert table.index.dtype == torch.int32
         # The padding stays in the window, if there is one.
         own = matrix.gather(1, table.index.long()) != 0

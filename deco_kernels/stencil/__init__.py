@@ -13,7 +13,7 @@ from ..checks import check_count
 from . import geometry as names
 from . import packed, positions
 from .geometry import adaptive_grids
-from .table import Pair, Table, check_entries, concatenated
+from .table import Pair, Table, check_entries, concatenated, piece
 
 __all__ = ["Stencil", "Table", "adaptive_grids"]
 
@@ -309,4 +309,5 @@ def _joined(tables: Sequence[Table], spans: Sequence[int]) -> Table:
     width = max(table.index.shape[1] for table in tables)
     heights = [table.index.shape[0] for table in tables]
     check_entries(sum(heights), width)
-    return concatenated([table.widened(width) for table in tables], heights, spans)
+    pieces = [piece(table.widened(width)) for table in tables]
+    return concatenated(pieces, heights, spans, width, tables[0].weight.dtype)

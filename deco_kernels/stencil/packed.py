@@ -13,7 +13,7 @@ import torch
 
 from ..checks import check_count
 from . import geometry
-from .table import Pair, Table, check_entries, concatenated
+from .table import Pair, Piece, check_entries, concatenated, piece
 
 
 class Pack(NamedTuple):
@@ -83,8 +83,8 @@ def tables(names: Sequence[str], dtype: torch.dtype) -> Pair:
     for side, heights, spans in ((0, n_out, n_in), (1, n_in, n_out)):
         width = _width({block.widths[side] for block in blocks})
         check_entries(sum(heights), width)
-        wide = [_widened(name, side, width, dtype) for name in names]
-        sides.append(concatenated(wide, heights, spans))
+        pieces = [_piece(name, side, width, dtype) for name in names]
+        sides.append(concatenated(pieces, heights, spans, width, dtype))
     rows, columns = sides
     return rows, columns
 
@@ -106,8 +106,8 @@ def _block(name: str, dtype: torch.dtype) -> Block:
 
 
 @lru_cache(maxsize=4096)
-def _widened(name: str, side: int, width: int, dtype: torch.dtype) -> Table:
-    return _block(name, dtype).tables[side].widened(width)
+def _piece(name: str, side: int, width: int, dtype: torch.dtype) -> Piece:
+    return piece(_block(name, dtype).tables[side].widened(width))
 
 
 def _width(widths: set[int]) -> int:
@@ -151,10 +151,10 @@ def _images(grids: Grids) -> list[Image]:
             raise ValueError(
                 f"grids[{i}] must be (height, width) or (frames, height, width), got {grid!r}"
             )
-        *frames, h, w = [
-            n if type(n) is int and n > 0 else check_count(f"grids[{i}][{j}]", n)  # names are slow
-            for j, n in enumerate(grid)
-        ]
+        for n in grid:
+            if type(n) is not int or n <= 0:  # spares the names of good ones, which take time
+                grid = [check_count(f"grids[{i}][{j}]", m) for j, m in enumerate(grid)]
+        *frames, h, w = grid
         found.append(Image(frames[0] if frames else 1, (h, w)))
     if not found:
         raise ValueError("grids must hold an image, got none")

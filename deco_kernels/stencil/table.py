@@ -1,7 +1,9 @@
 """How is a sparse matrix laid out? As two gather tables: its rows, and its columns."""
 
 from collections.abc import Sequence
+from ctypes import string_at
 from itertools import accumulate
+from sys import byteorder
 from typing import NamedTuple
 
 import torch
@@ -12,8 +14,9 @@ class Table(NamedTuple):
 
     ``index`` [R, T] int32 and ``weight`` [R, T] (float32, or float64 for float64 tokens) on one
     device. T is the longest window; shorter ones are padded with weight 0 (and an index of the
-    same window, if it has any), and then ``ragged`` is true. ``geometry`` names what torch may
-    have an operator for: the stencil's geometry for its rows, nothing for its columns.
+    same window, if it has any), and then ``ragged`` is true. The first place of a window is never
+    padding, so a row whose first weight is 0 has no tokens. ``geometry`` names what torch may have
+    an operator for: the stencil's geometry for its rows, nothing for its columns.
     """
 
     index: torch.Tensor
@@ -76,13 +79,36 @@ def transposed(index: torch.Tensor, weight: torch.Tensor, n_in: int) -> Table:
     return table(columns, weights)
 
 
-def concatenated(tables: Sequence[Table], heights: Sequence[int], spans: Sequence[int]) -> Table:
-    """The block-diagonal matrix of tables of one width.
+class Piece(NamedTuple):
+    """A table's rows as bytes: joining hundreds of them takes half of torch.cat's time."""
 
-    ``tables[i]`` has ``heights[i]`` rows and reads ``spans[i]`` rows.
+    index: bytes
+    weight: bytes
+    ragged: bool
+
+
+def piece(table: Table) -> Piece:
+    index, weight = table.index.contiguous(), table.weight.contiguous()
+    return Piece(*(string_at(t.data_ptr(), t.nbytes) for t in (index, weight)), table.ragged)
+
+
+def concatenated(
+    pieces: Sequence[Piece],
+    heights: Sequence[int],
+    spans: Sequence[int],
+    width: int,
+    dtype: torch.dtype,
+) -> Table:
+    """The block-diagonal matrix of tables of one width and dtype.
+
+    ``pieces[i]`` has ``heights[i]`` rows and reads ``spans[i]`` rows.
     """
-    index = torch.cat([t.index for t in tables])
-    starts = torch.tensor([0, *accumulate(spans[:-1])], dtype=torch.int32, device=CPU)
-    index += starts.repeat_interleave(torch.tensor(heights, device=CPU))[:, None]
-    weight = torch.cat([t.weight for t in tables])
-    return Table(index, weight, any(t.ragged for t in tables), "")
+    starts = zip(accumulate(spans, initial=0), heights, strict=False)  # the last start has no piece
+    index = _joined([p.index for p in pieces], torch.int32).view(-1, width)
+    index += _joined([n.to_bytes(4, byteorder) * h for n, h in starts], torch.int32)[:, None]
+    weight = _joined([p.weight for p in pieces], dtype).view(-1, width)
+    return Table(index, weight, any(p.ragged for p in pieces), "")
+
+
+def _joined(parts: Sequence[bytes], dtype: torch.dtype) -> torch.Tensor:
+    return torch.frombuffer(bytearray().join(parts), dtype=dtype)
