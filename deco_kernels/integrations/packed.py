@@ -45,9 +45,15 @@ def downsampling(grids: torch.Tensor, merges: torch.Tensor) -> Stencil | None:
     images = zip(factors, sizes, strict=True)
     for factor, group in groupby(images, lambda image: image[0]):
         count = sum(t * h * w for _, (t, h, w) in group) // factor**2
-        blocks.append((count, factor**2))
-        targets.append((count, 1))
+        for run in _powers(count):
+            blocks.append((run, factor**2))
+            targets.append((run, 1))
     return Stencil.packed(blocks, target=targets)
+
+
+def _powers(count: int) -> list[int]:
+    """The powers of two that add up to it: of their tables, which are kept, there are few."""
+    return [1 << bit for bit in range(count.bit_length()) if count >> bit & 1]
 
 
 class OfTower(Kind):
