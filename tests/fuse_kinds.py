@@ -22,7 +22,8 @@ from torch.nn.utils import parametrize
 from deco_kernels import fuse
 from deco_kernels.check import Error, errors
 
-GRIDS, MERGES = torch.tensor([[1, 4, 6], [3, 2, 4], [1, 2, 2]]), torch.tensor([2, 1, 2])
+GRIDS = torch.tensor([[1, 4, 6], [3, 2, 4], [1, 2, 2], [2, 3, 6], [1, 4, 8]])
+MERGES = torch.tensor([2, 1, 2, 3, 4])
 
 
 class Kind(NamedTuple):

@@ -22,14 +22,15 @@ from .swap import (
 )
 
 _LAYERS = ("embeddings", "encoder", "post_layernorm")
-_TRIAL_GRIDS, _TRIAL_MERGES = [[1, 4, 6], [3, 2, 4], [2, 2, 2]], [2, 1, 2]
+_TRIAL_GRIDS, _TRIAL_MERGES = [[1, 4, 6], [3, 2, 4], [2, 3, 6], [1, 4, 8]], [2, 1, 3, 4]
 
 
 def downsampling(grids: torch.Tensor, merges: torch.Tensor) -> Stencil | None:
-    """That of images [t, h, w], each by 1 or 2, whose tokens go block by block.
+    """That of images [t, h, w], each by its own factor, whose tokens go block by block.
 
-    Bilinear downsampling by 2 averages the 2x2 tokens of a block, and those are neighbours in the
-    sequence: whatever the sizes, it is a grid [blocks, 4] to [blocks, 1]. None if it is not that.
+    Bilinear downsampling by m looks at the middle of every m x m block, whose tokens are neighbours
+    in the sequence: whatever the sizes of the images, it is that of a few runs of blocks. None if
+    the arguments are not that.
     """
     if not isinstance(grids, torch.Tensor) or not isinstance(merges, torch.Tensor):
         return None
@@ -38,17 +39,14 @@ def downsampling(grids: torch.Tensor, merges: torch.Tensor) -> Stencil | None:
     sizes, factors = grids.tolist(), merges.tolist()
     if not sizes or len(sizes) != len(factors):
         return None
-    for (t, h, w), factor in zip(sizes, factors, strict=True):
-        if factor not in (1, 2) or t * h * w == 0 or h % factor or w % factor:
+    for (t, h, w), m in zip(sizes, factors, strict=True):
+        if min(t, h, w, m) < 1 or h % m or w % m:
             return None
-    blocks, targets = [], []
-    images = zip(factors, sizes, strict=True)
-    for factor, group in groupby(images, lambda image: image[0]):
-        count = sum(t * h * w for _, (t, h, w) in group) // factor**2
-        for run in _powers(count):
-            blocks.append((run, factor**2))
-            targets.append((run, 1))
-    return Stencil.packed(blocks, target=targets)
+    runs = []
+    for m, group in groupby(zip(factors, sizes, strict=True), lambda image: image[0]):
+        blocks = sum(t * h * w for _, (t, h, w) in group) // m**2
+        runs += [Stencil.bilinear((run, m, m), (run, 1, 1)) for run in _powers(blocks)]
+    return Stencil.concat(runs)
 
 
 def _powers(count: int) -> list[int]:
@@ -65,7 +63,7 @@ class OfTower(Kind):
     def plan(cls, module: nn.Module) -> Plan:
         like = next(module.parameters(), torch.empty(0))
         backend = choose(state(module).backend, like.device, like.dtype).backend
-        return Plan(backend, "fused", "downsampling by 1 and 2 is one pooling")
+        return Plan(backend, "fused", "downsampling of all images is one pooling")
 
 
 class Unshuffle(OfTower):
