@@ -92,11 +92,11 @@ def test_bilinear_is_torchs_for_every_grid(axes, largest, align_corners):
         assert stencil.sums_to_one
 
 
-def every_fixed(n: int):
+def every_fixed(n: int, ceil_mode: bool):
     """All windows of an axis of ``n`` tokens that torch takes: kernel, stride, padding."""
     for kernel, stride in itertools.product(range(1, n + 3), range(1, n + 3)):
         for padding in range(kernel // 2 + 1):
-            if kernel <= n + 2 * padding:
+            if kernel <= n + 2 * padding + ceil_mode * (stride - 1):
                 yield kernel, stride, padding
 
 
@@ -105,13 +105,15 @@ def every_fixed(n: int):
 def test_fixed_is_torchs_for_every_window(ceil_mode, count_include_pad):
     how = ceil_mode, count_include_pad
     for n in range(1, 7):
-        for window in every_fixed(n):
+        for window in every_fixed(n, ceil_mode):
             want = as_matrix((n,), lambda x, window=window: F.avg_pool1d(x, *window, *how))
             check(Stencil.fixed((n,), *window, *how), want)
     for shape in ((3, 5), (4, 2), (2, 3, 4)):
         pooling = FIXED[len(shape) - 1]
         # Of three axes torch pools no window that is larger than the grid without its padding.
-        axes = [[w for w in every_fixed(n) if len(shape) < 3 or w[0] <= n] for n in shape]
+        axes = [
+            [w for w in every_fixed(n, ceil_mode) if len(shape) < 3 or w[0] <= n] for n in shape
+        ]
         windows = list(itertools.product(*axes))
         for i in torch.randperm(len(windows))[:60].tolist():
             window = tuple(zip(*windows[i], strict=True))

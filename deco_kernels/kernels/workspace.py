@@ -4,6 +4,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
+from ..device import capturing, current_stream
+
 _kept: dict[tuple[torch.device, int], torch.Tensor] = {}
 
 
@@ -14,9 +16,9 @@ def workspace_for(device: torch.device, size: int) -> torch.Tensor:
     their own. While a CUDA graph is captured the buffer is a fresh one of the graph's memory,
     zeroed in the graph, so that a replay can overlap with anything.
     """
-    if device.type != "cuda" or _capturing(device):
+    if device.type != "cuda" or capturing(device):
         return torch.zeros(size, dtype=torch.int32, device=device)
-    key = device, torch.cuda.current_stream(device).cuda_stream
+    key = device, current_stream(device)
     buffer = _kept.get(key)
     if buffer is None or len(buffer) < size:
         rounded = 1 << max(10, (size - 1).bit_length())
@@ -25,11 +27,6 @@ def workspace_for(device: torch.device, size: int) -> torch.Tensor:
         with ThreadPoolExecutor(1) as thread:
             buffer = _kept[key] = thread.submit(_zeros, rounded, device).result()
     return buffer
-
-
-def _capturing(device: torch.device) -> bool:
-    with torch.cuda.device(device):
-        return torch.cuda.is_current_stream_capturing()
 
 
 def _zeros(size: int, device: torch.device) -> torch.Tensor:

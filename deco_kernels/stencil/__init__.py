@@ -10,10 +10,12 @@ import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
 from ..checks import check_count
+from ..device import capturing, current_stream
 from . import geometry as names
 from . import packed, positions
 from .geometry import adaptive_grids
-from .table import Pair, Table, check_entries, concatenated, piece
+from .kept import Kept
+from .table import CPU, Pair, Table, bytes_of, check_entries, concatenated, piece
 
 __all__ = ["Stencil", "Table", "adaptive_grids"]
 
@@ -53,7 +55,7 @@ class Stencil:
         self._source, self._tables = source, None
         if source is not None:
             with _plain():
-                self._tables = {(torch.device("cpu"), torch.float32): source(torch.float32)}
+                self._tables = {(CPU, torch.float32, 0): source(torch.float32)}
 
     def __repr__(self) -> str:
         return f"Stencil({self.geometry}: {self.n_in} -> {self.n_out} tokens)"
@@ -250,20 +252,54 @@ class Stencil:
         """The gather table of the pooled tokens [n_out, T], and its transpose [n_in, U].
 
         The transpose gathers the gradient of the input tokens, without atomics. ``dtype`` is that
-        of the weights.
+        of the weights. A captured CUDA graph reads the tables where they are: keep a stencil that
+        is no grid's as long as the graph.
+
+        Raises:
+            RuntimeError: tables that are not there yet are asked for where they cannot be made: on
+                the device while a CUDA graph is captured, or in float64 in a compiled function.
         """
+        device = torch.device(device)
+        if device.type == "cuda" and device.index is None:
+            device = torch.device("cuda", torch.cuda.current_device())
         if self._tables is None:
-            return _placed(self.geometry, torch.device(device), dtype)
-        key = torch.device(device), dtype
-        tables = self._tables.get(key)
-        if tables is None:
-            if torch.compiler.is_compiling():  # the tables are inputs of a graph, not constants
-                rows, columns = self._tables[torch.device("cpu"), torch.float32]
-                return rows.to(*key, True), columns.to(*key, True)
-            with _plain():
-                rows, columns = self._source(dtype)
-                tables = self._tables[key] = rows.to(*key, True), columns.to(*key, True)
+            return self._by_name(device, dtype)
+        if torch.compiler.is_compiling():
+            return self._of_graph(device, dtype)
+        key = device, dtype, current_stream(device)  # another stream may be ahead of the copy
+        if key not in self._tables:
+            self._tables[key] = self._copied(device, dtype)
+        return self._tables[key]
+
+    def _by_name(self, device: torch.device, dtype: torch.dtype) -> Pair:
+        if torch.compiler.is_compiling():
+            return _constant(self.geometry, device, dtype)
+        tables = _placed(self.geometry, device, dtype)
+        if capturing(device):
+            _in_graphs[self.geometry, device, dtype] = tables
         return tables
+
+    def _of_graph(self, device: torch.device, dtype: torch.dtype) -> Pair:
+        """The tables as inputs of a compiled graph, not constants: other packs will take it too."""
+        key = CPU, dtype, 0
+        if key not in self._tables:
+            raise RuntimeError(f"call tables('cpu', {dtype}) before the compiled function")
+        rows, columns = self._tables[key]
+        return rows.to(device, dtype, True), columns.to(device, dtype, True)
+
+    def _copied(self, device: torch.device, dtype: torch.dtype) -> Pair:
+        if capturing(device):  # what was copied on any stream before is there by now
+            for (place, kind, _), tables in self._tables.items():
+                if (place, kind) == (device, dtype):
+                    return tables
+            raise RuntimeError(f"call tables('{device}', {dtype}) before a CUDA graph is captured")
+        with _plain():
+            rows, columns = self._source(dtype)
+            return rows.to(device, dtype, True), columns.to(device, dtype, True)
+
+    def __reduce__(self) -> tuple:
+        """Without its tables, which are larger than what they are made from."""
+        return Stencil, (self.geometry, self.n_in, self.n_out, self.lengths, self._source)
 
 
 @contextmanager
@@ -274,15 +310,27 @@ def _plain() -> Iterator[None]:
 
 
 @torch.compiler.assume_constant_result  # a compiled graph takes the tables as they are
+def _constant(geometry: str, device: torch.device, dtype: torch.dtype) -> Pair:
+    return _placed(geometry, device, dtype)
+
+
 def _placed(geometry: str, device: torch.device, dtype: torch.dtype) -> Pair:
-    return _kept(geometry, device, dtype)
+    def make() -> Pair:
+        with _plain():
+            rows, columns = names.tables(geometry, dtype)
+            return rows.to(device, dtype), columns.to(device, dtype)
+
+    return _kept.get((geometry, device, dtype), make)
 
 
-@lru_cache(maxsize=2048)
-def _kept(geometry: str, device: torch.device, dtype: torch.dtype) -> Pair:
-    with _plain():
-        rows, columns = names.tables(geometry, dtype)
-        return rows.to(device, dtype), columns.to(device, dtype)
+def _finish(tables: Pair) -> None:
+    """Wait for what reads them, on whatever stream."""
+    if tables[0].index.is_cuda:
+        torch.cuda.synchronize(tables[0].index.device)
+
+
+_kept = Kept(bytes_of, before_drop=_finish)
+_in_graphs: dict[tuple, Pair] = {}  # a captured graph reads them for as long as it lives
 
 
 @lru_cache(maxsize=8)

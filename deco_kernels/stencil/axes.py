@@ -1,12 +1,12 @@
 """Which windows along one axis? A geometry's matrix is the Kronecker product of its axes'."""
 
 from collections.abc import Callable, Sequence
-from functools import lru_cache
 from math import prod
 
 import torch
 
-from .table import CPU, Pair, Table, check_entries, table, transposed
+from .kept import Kept
+from .table import CPU, Pair, Table, bytes_of, check_entries, table, transposed
 
 
 def adaptive(n_in: int, n_out: int) -> Table:
@@ -54,11 +54,17 @@ def _average(start: torch.Tensor, end: torch.Tensor, divisor: torch.Tensor | Non
     return table(index.minimum(end - 1), inside.double() / divisor)
 
 
-@lru_cache(maxsize=4096)
+_kept = Kept(bytes_of)
+
+
 def pair(axis: Callable[..., Table], n_in: int, *args: int | bool) -> Pair:
     """The rows of an axis and its columns, weights in float64."""
-    rows = axis(n_in, *args)
-    return rows, transposed(rows.index, rows.weight, n_in)
+
+    def make() -> Pair:
+        rows = axis(n_in, *args)
+        return rows, transposed(rows.index, rows.weight, n_in)
+
+    return _kept.get((axis, n_in, *args), make)
 
 
 def product(axes: Sequence[Table], spans: Sequence[int], dtype: torch.dtype, name: str) -> Table:

@@ -9,12 +9,15 @@ A name is a string, because torch.compile takes it for constant even where it le
 """
 
 from collections.abc import Sequence
+from functools import lru_cache
+from math import prod
+from typing import NamedTuple
 
 import torch
 
 from ..checks import check_count
 from . import axes
-from .table import Pair
+from .table import Pair, Table
 
 MAX_TOKENS = 2**31 - 1  # the tables index with int32
 Grid = tuple[int, ...]
@@ -45,11 +48,11 @@ def fixed(
     for i, (n, k, s, p) in enumerate(zip(grid_in, kernel, stride, padding, strict=True)):
         if 2 * p > k:
             raise ValueError(f"padding[{i}] must be at most half of kernel[{i}] = {k}, got {p}")
-        if k > n + 2 * p:
+        last = (n + 2 * p - k + (s - 1 if ceil_mode else 0)) // s
+        if last < 0:
             raise ValueError(
                 f"kernel[{i}] must fit grid_in[{i}] = {n} with padding {p} on both sides, got {k}"
             )
-        last = (n + 2 * p - k + (s - 1 if ceil_mode else 0)) // s
         grid_out.append(last + (last * s < n + p))  # the last window must start inside
     words = map(_join, (grid_in, grid_out, kernel, stride, padding))
     return " ".join(["fixed", *words, _CEIL[bool(ceil_mode)], _COUNT[bool(count_include_pad)]])
@@ -75,8 +78,34 @@ def adaptive_grids(geometry: str) -> tuple[Grid, Grid]:
     return options(geometry)[1:3]
 
 
+class Shape(NamedTuple):
+    """What a geometry's tables measure: their rows, and their widths."""
+
+    n_out: int
+    n_in: int
+    widths: tuple[int, int]
+
+
+@lru_cache(maxsize=4096)
+def shape(geometry: str) -> Shape:
+    _, grid_in, grid_out, _ = options(geometry)
+    widths = (prod(table.index.shape[1] for table in side) for side in _axes(geometry))
+    return Shape(prod(grid_out), prod(grid_in), tuple(widths))
+
+
 def tables(geometry: str, dtype: torch.dtype) -> Pair:
     """Rows and columns of a geometry's matrix, on the CPU, with weights of ``dtype``."""
+    return table(geometry, 0, dtype), table(geometry, 1, dtype)
+
+
+def table(geometry: str, side: int, dtype: torch.dtype) -> Table:
+    """Its rows (side 0), which carry the name, or its columns (side 1)."""
+    _, *grids, _ = options(geometry)
+    return axes.product(_axes(geometry)[side], grids[side], dtype, "" if side else geometry)
+
+
+def _axes(geometry: str) -> tuple[tuple[Table, ...], tuple[Table, ...]]:
+    """The rows of every axis, and the columns of every axis."""
     kind, grid_in, grid_out, rest = options(geometry)
     if kind == "fixed":
         *sizes, _, include = rest
@@ -92,10 +121,7 @@ def tables(geometry: str, dtype: torch.dtype) -> Pair:
         for n_in, n_out, args in zip(grid_in, grid_out, arguments, strict=True)
     ]
     rows, columns = zip(*pairs, strict=True)
-    return (
-        axes.product(rows, grid_in, dtype, geometry),
-        axes.product(columns, grid_out, dtype, ""),
-    )
+    return rows, columns
 
 
 def check_grid(name: str, grid: Sequence[int], like: Grid | None = None) -> Grid:

@@ -13,6 +13,7 @@ import torch
 
 from ..checks import check_count
 from . import geometry
+from .kept import Kept
 from .table import Pair, Piece, check_entries, concatenated, piece
 
 
@@ -77,11 +78,11 @@ def _name(grid_in: tuple[int, int], grid_out: tuple[int, int], interpolate: bool
 
 def tables(names: Sequence[str], dtype: torch.dtype) -> Pair:
     """Rows and columns of the block-diagonal matrix of named geometries, on the CPU."""
-    blocks = [_block(name, dtype) for name in names]
-    n_out, n_in = [block.n_out for block in blocks], [block.n_in for block in blocks]
+    shapes = [geometry.shape(name) for name in names]
+    n_out, n_in = [shape.n_out for shape in shapes], [shape.n_in for shape in shapes]
     sides = []
     for side, heights, spans in ((0, n_out, n_in), (1, n_in, n_out)):
-        width = _width({block.widths[side] for block in blocks})
+        width = _width({shape.widths[side] for shape in shapes})
         check_entries(sum(heights), width)
         pieces = [_piece(name, side, width, dtype) for name in names]
         sides.append(concatenated(pieces, heights, spans, width, dtype))
@@ -89,25 +90,12 @@ def tables(names: Sequence[str], dtype: torch.dtype) -> Pair:
     return rows, columns
 
 
-class Block(NamedTuple):
-    """The tables of a name, and their shapes: asking tensors for them takes time."""
-
-    tables: Pair
-    n_out: int
-    n_in: int
-    widths: tuple[int, int]
+_pieces = Kept(lambda piece: len(piece.index) + len(piece.weight))
 
 
-@lru_cache(maxsize=2048)
-def _block(name: str, dtype: torch.dtype) -> Block:
-    pair = geometry.tables(name, dtype)
-    n_out, n_in = (len(table.index) for table in pair)
-    return Block(pair, n_out, n_in, tuple(table.index.shape[1] for table in pair))
-
-
-@lru_cache(maxsize=4096)
 def _piece(name: str, side: int, width: int, dtype: torch.dtype) -> Piece:
-    return piece(_block(name, dtype).tables[side].widened(width))
+    key = name, side, width, dtype
+    return _pieces.get(key, lambda: piece(geometry.table(name, side, dtype).widened(width)))
 
 
 def _width(widths: set[int]) -> int:

@@ -28,7 +28,8 @@ class Table(NamedTuple):
         """A copy there. ``non_blocking``: for the current stream, and the host does not wait."""
         pair = self.index, self.weight.to(dtype)
         if non_blocking and device.type == "cuda" and not torch.compiler.is_compiling():
-            pair = [t.pin_memory() for t in pair]  # copies of other memory wait for the stream
+            with torch.cuda.device(device):  # memory is pinned by one device's context
+                pair = [t.pin_memory() for t in pair]  # copies of other memory wait for the stream
         index, weight = (t.to(device, non_blocking=non_blocking) for t in pair)
         return Table(index, weight, self.ragged, self.geometry)
 
@@ -45,6 +46,10 @@ class Table(NamedTuple):
 
 CPU = torch.device("cpu")  # said wherever a tensor is made: the caller may have another default
 Pair = tuple[Table, Table]  # rows and columns of one matrix
+
+
+def bytes_of(pair: Pair) -> int:
+    return sum(table.index.nbytes + table.weight.nbytes for table in pair)
 
 
 def check_entries(rows: int, width: int) -> None:
