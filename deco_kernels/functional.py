@@ -188,14 +188,14 @@ def act_pool_linear(
 ) -> torch.Tensor:
     """Activate tokens, pool and project them: ``Y = (S act(X)) Wᵀ + b``. Keeps X and P.
 
-    For a projector that pools its output: windows' weights that sum to one commute with a linear
-    layer, ``pool(g Wᵀ + b) = pool(g) Wᵀ + b``, and this is the product on pooled tokens only.
+    For a projector that pools its output: an average commutes with a linear layer,
+    ``pool(g Wᵀ + b) = pool(g) Wᵀ + b``, and this is the product on pooled tokens only.
 
     Args:
         x: pre-activations [B, n_in, K], floating point, any strides.
         weight: [N, K] of x's dtype.
         bias: [N] or None.
-        stencil: the pooling, for n_in tokens.
+        stencil: the pooling, for n_in tokens. With a bias its weights must sum to one.
         activation: "gelu" (the exact, erf form), "gelu_tanh", "silu", "quick_gelu"
             (``x * sigmoid(1.702 x)``) or None.
         backend: "auto", "triton", "cuda", "composed" or "eager".
@@ -204,12 +204,15 @@ def act_pool_linear(
         Y [B, n_out, N].
 
     Raises:
-        TypeError, ValueError, RuntimeError: as :func:`pool_linear`.
+        TypeError, ValueError, RuntimeError: as :func:`pool_linear`; there is a bias, and the
+            weights of an output do not sum to one.
     """
     if activation not in (None, *TOKEN_ACTIVATIONS):
         known = ", ".join(map(repr, TOKEN_ACTIVATIONS))
         raise ValueError(f"activation must be None or one of {known}, got {activation!r}")
     x, weight, bias, tables, backend = _pooled_product(x, weight, bias, stencil, backend)
+    if bias is not None:
+        stencil.check_average("pooling in front of a bias")
     return _PoolLinear.apply(x, weight, bias, *tables, None, True, activation, backend)[0]
 
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 
-from deco_kernels import Stencil, pool
+from deco_kernels import Stencil, act_pool_linear, pool
 
 
 def by_cells(x, position_ids, kernel):
@@ -154,3 +154,21 @@ BAD = {
 def test_bad_position_ids(call, error, message):
     with pytest.raises(error, match=message):
         call()
+
+
+def test_what_is_no_average_does_not_go_in_front_of_a_bias():
+    ids = ids_of([(2, 4), (3, 4)], 12, shuffle=False)  # the second image misses a row
+    stencil = Stencil.from_position_ids(ids, 2)
+    x, weight, bias = torch.randn(1, 24, 8), torch.randn(5, 8), torch.randn(5)
+    assert act_pool_linear(x, weight, None, stencil).shape == (1, 6, 5)
+    message = (
+        r"pooling in front of a bias needs weights that sum to 1: of image 1 of Stencil\(.*\), "
+    )
+    with pytest.raises(ValueError, match=message + "those of output 2 sum to 0.5"):
+        act_pool_linear(x, weight, bias, stencil)
+    padded = Stencil.fixed((4, 6), 3, 3, 1)
+    with pytest.raises(ValueError, match=r"those of output 0 sum to 0\.4444"):
+        act_pool_linear(x, weight, bias, padded)
+    both = Stencil.concat([Stencil.identity(4), Stencil.fixed((4, 5), (1, 2), padding=(0, 1))])
+    with pytest.raises(ValueError, match=message + "those of output 0 sum to 0.5"):
+        act_pool_linear(x, weight, bias, both)

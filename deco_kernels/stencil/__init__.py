@@ -37,9 +37,12 @@ class Stencil:
         n_out: number of output tokens.
         lengths: number of output tokens of every image of a pack, sample of a batch of position
             ids, or part of a concatenation; else one number. ``p[0].split(stencil.lengths)``.
+        sums_to_one: whether every output is an average. Only then may a linear layer with a bias
+            change places with the pooling. Zeros that count as padding and cells with missing
+            tokens break it.
     """
 
-    __slots__ = ("_source", "_tables", "geometry", "lengths", "n_in", "n_out")
+    __slots__ = ("_source", "_tables", "geometry", "lengths", "n_in", "n_out", "sums_to_one")
 
     def __init__(
         self,
@@ -48,10 +51,11 @@ class Stencil:
         n_out: int,
         lengths: tuple[int, ...] | None = None,
         source: Callable[[torch.dtype], Pair] | None = None,
+        sums_to_one: bool = True,
     ) -> None:
         """For the constructors; ``source`` makes the tables on the CPU if the name cannot."""
         self.geometry, self.n_in, self.n_out = geometry, n_in, n_out
-        self.lengths = lengths or (n_out,)
+        self.lengths, self.sums_to_one = lengths or (n_out,), sums_to_one
         self._source, self._tables = source, None
         if source is not None:
             with _plain():
@@ -66,15 +70,19 @@ class Stencil:
         ends = list(accumulate(self.lengths, initial=0))
         return torch.tensor(ends, dtype=torch.int32, device="cpu")
 
-    @property
-    def sums_to_one(self) -> bool:
-        """Whether every output is an average.
-
-        A linear layer with a bias may change places with the pooling only then. Zeros that count
-        as padding and cells with missing tokens break it.
-        """
+    def check_average(self, what: str) -> None:
+        """Raise a ValueError that names the first output whose weights do not sum to one."""
+        if self.sums_to_one:
+            return
         rows, _ = self.tables("cpu", torch.float64)
-        return bool(((rows.weight.sum(1) - 1).abs() < 1e-9).all())
+        sums = rows.weight.sum(1)
+        output = int(((sums - 1).abs() > 1e-9).nonzero()[0])
+        ends = list(accumulate(self.lengths))
+        image = next(i for i, end in enumerate(ends) if output < end)
+        raise ValueError(
+            f"{what} needs weights that sum to 1: of image {image} of {self}, those of output"
+            f" {output - ends[image] + self.lengths[image]} sum to {sums[output]:.4g}"
+        )
 
     @classmethod
     def adaptive(cls, grid_in: Sequence[int], grid_out: Sequence[int]) -> "Stencil":
@@ -147,7 +155,8 @@ class Stencil:
         stride = names.check_per_axis("stride", stride, len(grid_in), least=1)
         padding = names.check_per_axis("padding", padding, len(grid_in), least=0)
         name = names.fixed(grid_in, kernel, stride, padding, ceil_mode, count_include_pad)
-        return cls._named(name, grid_in, names.options(name)[2])
+        average = not (count_include_pad and any(padding))
+        return cls._named(name, grid_in, names.options(name)[2], average)
 
     @classmethod
     def identity(cls, n: int) -> "Stencil":
@@ -156,11 +165,13 @@ class Stencil:
         return cls._named(f"identity {n}", (n,), (n,))
 
     @classmethod
-    def _named(cls, name: str, grid_in: tuple[int, ...], grid_out: tuple[int, ...]) -> "Stencil":
+    def _named(
+        cls, name: str, grid_in: tuple[int, ...], grid_out: tuple[int, ...], average: bool = True
+    ) -> "Stencil":
         n_in, n_out = prod(grid_in), prod(grid_out)
         names.check_tokens("grid_in", n_in)
         names.check_tokens("the pooled grid", n_out)
-        return cls(name, n_in, n_out)
+        return cls(name, n_in, n_out, sums_to_one=average)
 
     @classmethod
     def concat(cls, stencils: Sequence["Stencil"]) -> "Stencil":
@@ -183,7 +194,8 @@ class Stencil:
         names.check_tokens("the concatenation", n_in)
         names.check_tokens("the pooled concatenation", sum(lengths))
         title = " + ".join(s.geometry for s in stencils)
-        return cls(title, n_in, sum(lengths), lengths, partial(_concatenated, stencils))
+        average = all(s.sums_to_one for s in stencils)
+        return cls(title, n_in, sum(lengths), lengths, partial(_concatenated, stencils), average)
 
     @classmethod
     def packed(
@@ -241,10 +253,10 @@ class Stencil:
         """
         kernel = check_count("kernel", kernel)
         with _plain():
-            output, lengths = positions.cells(position_ids, kernel)
+            output, lengths, whole = positions.cells(position_ids, kernel)
         title = f"positions {kernel}x{kernel}, {len(lengths)} images"
         source = partial(_by_position, output, sum(lengths), kernel)
-        return cls(title, len(output), sum(lengths), lengths, source)
+        return cls(title, len(output), sum(lengths), lengths, source, whole)
 
     def tables(
         self, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float64
@@ -299,7 +311,8 @@ class Stencil:
 
     def __reduce__(self) -> tuple:
         """Without its tables, which are larger than what they are made from."""
-        return Stencil, (self.geometry, self.n_in, self.n_out, self.lengths, self._source)
+        facts = self.geometry, self.n_in, self.n_out, self.lengths, self._source, self.sums_to_one
+        return Stencil, facts
 
 
 @contextmanager

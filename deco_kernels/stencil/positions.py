@@ -12,10 +12,14 @@ PADDING = -1
 
 
 class Cells(NamedTuple):
-    """For every token of the flattened batch its output, or -1; and the outputs of every sample."""
+    """Of every token of the flattened batch its output, or -1; and the outputs of every sample.
+
+    ``whole``: whether no cell misses a token.
+    """
 
     output: torch.Tensor
     lengths: tuple[int, ...]
+    whole: bool
 
 
 def cells(position_ids: torch.Tensor, kernel: int) -> Cells:
@@ -56,16 +60,16 @@ def cells(position_ids: torch.Tensor, kernel: int) -> Cells:
     place = (output * kernel + y % kernel) * kernel + x % kernel
     _refuse(_repeated(place, padding), ids, "must differ within an image")
     output = output.masked_fill(padding, -1).flatten()
-    empty = torch.bincount(output[output >= 0], minlength=n_out) == 0
-    if empty.any():
-        o = int(empty.nonzero()[0])
+    filled = torch.bincount(output[output >= 0], minlength=n_out)
+    if not filled.all():
+        o = int((filled == 0).nonzero()[0])
         i = int((first <= o).nonzero()[-1])
         row, column = divmod(o - int(first[i]), int(across[i]))
         raise ValueError(
             f"position_ids of image {i} leave an output without tokens: x from"
             f" {column * kernel}, y from {row * kernel}, kernel {kernel}"
         )
-    return Cells(output, tuple(lengths.tolist()))
+    return Cells(output, tuple(lengths.tolist()), bool((filled == kernel**2).all()))
 
 
 def tables(output: torch.Tensor, n_out: int, kernel: int) -> Pair:
