@@ -1,5 +1,8 @@
 """How does it differentiate? Pooling and linear layers that keep no activation for backward."""
 
+from collections.abc import Callable
+from functools import wraps
+
 import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
@@ -36,6 +39,22 @@ class Hidden:
         return self._g.detach()
 
 
+def _once(backward: Callable) -> Callable:
+    """Torch's once_differentiable, but a second derivative is an error in any case.
+
+    Torch's takes gradients for constants where those that come in are, and ours depend on more.
+    """
+    backward = once_differentiable(backward)
+
+    @wraps(backward)
+    def once(ctx, *grads):
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # by create_graph=True
+            raise RuntimeError("deco_kernels' functions have no double backward: no create_graph")
+        return backward(ctx, *grads)
+
+    return once
+
+
 # The functions take their context in `forward`: with `setup_context` torch binds the arguments by
 # `inspect` on every call, which costs more than all else that these functions do.
 
@@ -47,7 +66,7 @@ class _Pool(torch.autograd.Function):
         return ops.pool(x, rows, x.dtype, None, backend)
 
     @staticmethod
-    @once_differentiable
+    @_once
     def backward(ctx, dp):
         return ops.pool(dp, ctx.columns, dp.dtype, None, ctx.backend), None, None, None
 
@@ -69,7 +88,7 @@ class _PoolLinear(torch.autograd.Function):
         return z, g
 
     @staticmethod
-    @once_differentiable
+    @_once
     def backward(ctx, dz, _dg):
         if dz is None:
             return (None,) * 9
@@ -97,7 +116,7 @@ class _ActLinear(torch.autograd.Function):
         return F.linear(g, weight, bias)
 
     @staticmethod
-    @once_differentiable
+    @_once
     def backward(ctx, dy):
         z, weight = ctx.saved_tensors
         needs_z, needs_z_bias, _, needs_weight, needs_bias, _ = ctx.needs_input_grad

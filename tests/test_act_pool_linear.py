@@ -172,11 +172,13 @@ def test_no_images():
     assert torch.equal(dw, torch.zeros_like(w))
 
 
-def test_compiles_without_graph_breaks():
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_compiles_without_graph_breaks(dynamic):
     torch.compiler.reset()
     (x, w, bias), _ = tensors(torch.float32, GRIDS["overlapping"])
     stencil = Stencil.adaptive(*GRIDS["overlapping"])
-    compiled = torch.compile(act_pool_linear, fullgraph=True, backend="aot_eager")
+    how = {"fullgraph": True, "dynamic": dynamic, "backend": "aot_eager"}
+    compiled = torch.compile(act_pool_linear, **how)
     for activation in TOKEN_ACTIVATIONS:
         runs = []
         for compute in (compiled, act_pool_linear):

@@ -324,7 +324,11 @@ def _plain() -> Iterator[None]:
 
 @torch.compiler.assume_constant_result  # a compiled graph takes the tables as they are
 def _constant(geometry: str, device: torch.device, dtype: torch.dtype) -> Pair:
-    return _placed(geometry, device, dtype)
+    tables = _placed(geometry, device, dtype)
+    for table in tables:
+        for t in (table.index, table.weight):  # static where dynamic=True too: the same as
+            t._dynamo_static_indices = {0, 1}  # torch._dynamo.mark_static, which a trace ignores
+    return tables
 
 
 def _placed(geometry: str, device: torch.device, dtype: torch.dtype) -> Pair:
