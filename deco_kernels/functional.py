@@ -5,6 +5,7 @@ from functools import wraps
 
 import torch
 import torch.nn.functional as F
+from torch._subclasses import FakeTensor
 from torch.autograd.function import once_differentiable
 
 from . import ops
@@ -153,7 +154,7 @@ def pool(x: torch.Tensor, stencil: Stencil, *, backend: str = "auto") -> torch.T
     _check_pooling(x, stencil)
     check_size((x.shape[0], stencil.n_out, x.shape[2]), x.dtype)
     backend = choose(backend, x.device, x.dtype).backend
-    return _Pool.apply(x, *stencil.tables(x.device, _sum_dtype(x)), backend)
+    return _Pool.apply(x, *_tables(x, stencil), backend)
 
 
 def pool_linear(
@@ -301,7 +302,7 @@ def _pooled_product(
     check_bias(weight, bias)
     check_size((x.shape[0], stencil.n_out, max(weight.shape)), weight.dtype)
     backend = choose(backend, x.device, weight.dtype).backend
-    return x, weight, bias, stencil.tables(x.device, _sum_dtype(x)), backend
+    return x, weight, bias, _tables(x, stencil), backend
 
 
 def _check_pooling(x: torch.Tensor, stencil: Stencil) -> None:
@@ -317,8 +318,20 @@ def _check_activation(activation: str | None) -> None:
         raise ValueError(f"activation must be None or 'gelu', got {activation!r}")
 
 
-def _sum_dtype(t: torch.Tensor) -> torch.dtype:
-    return torch.float64 if t.dtype == torch.float64 else torch.float32
+def _tables(x: torch.Tensor, stencil: Stencil) -> tuple[Table, Table]:
+    """Those of the stencil beside x; for a fake x, by which memory is estimated, fake ones."""
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    if not isinstance(x, FakeTensor) or torch.compiler.is_compiling():
+        return stencil.tables(x.device, dtype)
+    rows, columns = stencil.tables("cpu", dtype)
+    with x.fake_mode:
+        return tuple(
+            t._replace(
+                index=x.fake_mode.from_tensor(t.index).to(x.device),
+                weight=x.fake_mode.from_tensor(t.weight).to(x.device),
+            )
+            for t in (rows, columns)
+        )
 
 
 def _any_requires_grad(*tensors: torch.Tensor | None) -> bool:

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 from torch.library import opcheck
 
-from deco_kernels import AvgPoolProjector, FusedAvgPoolProjector, Stencil, pool_linear
+from deco_kernels import AvgPoolProjector, FusedAvgPoolProjector, Stencil, pool, pool_linear
 
 OPS = torch.ops.deco_kernels
 
@@ -103,3 +104,15 @@ def test_compile_with_inductor():
     (compiled_dx,) = torch.autograd.grad(y.sum(), x)
     (dx,) = torch.autograd.grad(fused(x).sum(), x)
     torch.testing.assert_close(compiled_dx, dx)
+
+
+def test_memory_is_estimated_with_fake_tensors():
+    pack = Stencil.packed([(4, 4), (6, 5)], target=(2, 3))
+    with FakeTensorMode():
+        fused = FusedAvgPoolProjector(2, 9, 8, 12)
+        x = torch.randn(2, 49, 8, requires_grad=True)
+        y = fused(x)
+        y.sum().backward()
+        assert (y.shape, x.grad.shape) == ((2, 9, 12), (2, 49, 8))
+        assert pool(torch.randn(1, 46, 8), pack).shape == (1, 12, 8)
+    assert type(pool(torch.randn(1, 46, 8), pack)) is torch.Tensor  # what is kept is no fake

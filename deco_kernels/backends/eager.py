@@ -64,8 +64,8 @@ def _gather(x: torch.Tensor, table: Table) -> torch.Tensor:
 def _clear(p: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """Zero where no token has a weight: the padding there may have read a NaN."""
     empty = weight[:, 0] == 0
-    on_host = p.device.type == "cpu" and not torch.compiler.is_compiling()
-    if on_host and not empty.any():  # spares a pass over p
+    known = p.device.type == "cpu" and type(p) is torch.Tensor and not torch.compiler.is_compiling()
+    if known and not empty.any():  # spares a pass over p
         return p
     return p.masked_fill_(empty[:, None], 0)
 
