@@ -12,9 +12,12 @@ MAX_BYTES = 2**63 - 1
 
 def check_count(name: str, value: object, least: int = 1) -> int:
     """An integer of at least ``least``, of Python's or any other kind of int."""
-    if isinstance(value, bool) or not hasattr(value, "__index__"):
-        raise TypeError(f"{name} must be an int, got {type(value).__name__} {value!r}")
-    value = operator.index(value)
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        value = operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} must be an int, got {type(value).__name__} {value!r}") from None
     if value < least:
         raise ValueError(f"{name} must be at least {least}, got {value}")
     return value

@@ -269,6 +269,11 @@ BAD = {
         ValueError,
         "one number more than the 2 images or 4 frames, got 4",
     ),
+    "cu_seqlens of floats": (
+        lambda: Stencil.packed(GRIDS, target=(2, 2), cu_seqlens=[0.0, 6.0, 22.0]),
+        TypeError,
+        r"cu_seqlens\[0\] must be an int, got float 0.0",
+    ),
     "cu_seqlens start": (
         lambda: Stencil.packed(GRIDS, target=(2, 2), cu_seqlens=[1, 7, 23]),
         ValueError,

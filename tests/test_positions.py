@@ -86,6 +86,11 @@ def changed(token, ids):
 
 
 BAD = {
+    "huge": (
+        lambda: Stencil.from_position_ids(torch.tensor([[0, 0], [2**63 - 1, 0]]), 1),
+        ValueError,
+        r"must be \(x, y\) from 0 to 2147483646, or .* for padding: image 0, token 1 has \(92233",
+    ),
     "list": (lambda: Stencil.from_position_ids([[0, 0]], 1), TypeError, "must be a tensor"),
     "float": (
         lambda: Stencil.from_position_ids(torch.zeros(1, 2), 1),

@@ -282,6 +282,11 @@ BAD = {
         ValueError,
         r"kernel\[1\] must fit grid_in\[1\] = 3 with padding 1 on both sides, got 6",
     ),
+    "kernel of a tensor": (
+        lambda: Stencil.fixed((4, 3), torch.tensor([2, 2])),
+        TypeError,
+        r"kernel\[0\] must be an int, got Tensor tensor",
+    ),
     "kernels": (
         lambda: Stencil.fixed((4, 3), (2, 2, 2)),
         ValueError,

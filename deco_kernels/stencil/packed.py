@@ -177,7 +177,10 @@ def _check_cu_seqlens(
     passthrough: int,
 ) -> None:
     """Boundaries of the images or, as Qwen2-VL has them, of all their frames."""
-    found = integers("cu_seqlens", cu_seqlens)
+    found = [
+        check_count(f"cu_seqlens[{i}]", n, least=0)
+        for i, n in enumerate(integers("cu_seqlens", cu_seqlens))
+    ]
     owners, lengths = list(range(len(images))), list(n_in)
     frames = sum(image.frames for image in images)
     if not passthrough and len(found) == frames + 1:

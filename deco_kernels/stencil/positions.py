@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import torch
 
-from .geometry import check_tokens
+from .geometry import MAX_TOKENS, check_tokens
 from .packed import check_cpu_integers
 from .table import Pair, table, transposed
 
@@ -34,7 +34,8 @@ def cells(position_ids: torch.Tensor, kernel: int) -> Cells:
     batch, tokens, _ = ids.shape
     check_tokens("position_ids", batch * tokens)
     padding = (ids == PADDING).all(-1)
-    _refuse((ids < 0).any(-1) & ~padding, ids, "must be (x, y) from 0 on, or (-1, -1) for padding")
+    outside = ((ids < 0) | (ids >= MAX_TOKENS)).any(-1) & ~padding
+    _refuse(outside, ids, f"must be (x, y) from 0 to {MAX_TOKENS - 1}, or (-1, -1) for padding")
     x, y = ids.masked_fill(padding[..., None], 0).unbind(-1)
     width, height = x.amax(1) + 1, y.amax(1) + 1
     real = tokens - padding.sum(1)
