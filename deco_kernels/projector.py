@@ -130,15 +130,7 @@ class FusedAvgPoolProjector(AvgPoolProjector):
         if path == "pooled":
             return self.mlp_projector(functional.pool(x, stencil, backend=self.backend))
 
-        # The parameters as `_unreadable` has seen them; a module's attributes are slow to look up.
-        first, *rest = (linear._parameters for linear in list(self.mlp_projector)[::2])
-        activations = ["gelu"] * len(rest) + [None]
-        y = functional.pool_linear(
-            x, first["weight"], first["bias"], stencil, activations[0], backend=backend
-        )
-        for p, activation in zip(rest, activations[1:], strict=True):
-            y = functional.act_linear(y, p["weight"], p["bias"], activation, backend=backend)
-        return y
+        return project(x, self.mlp_projector, stencil, backend)
 
     def explain(self, x: torch.Tensor | None = None, grid: tuple[int, int] | None = None) -> Plan:
         """Which backend and path a call takes, and why: for ``x``, or tokens like the weights.
@@ -168,10 +160,10 @@ class FusedAvgPoolProjector(AvgPoolProjector):
         like = x if x is not None else next(self.parameters())
         dtype = functional.autocast_dtype(like) or like.dtype
         backend, reason = choose(self.backend, like.device, dtype)
-        sampler = self.sampler
-        if not plain(sampler, nn.AdaptiveAvgPool2d) or _square_output(sampler) != self._side:
-            return Plan("eager", "modules", "sampler was changed or is hooked")
-        problem = self._unreadable()
+        problem = changed_sampler(self.sampler, self._side)
+        if problem:
+            return Plan("eager", "modules", problem)
+        problem = unreadable(self.mlp_projector)
         return Plan(backend, "pooled" if problem else "fused", problem or reason)
 
     def _check(self, x: torch.Tensor, grid: tuple[int, int] | None) -> tuple[int, int]:
@@ -190,22 +182,42 @@ class FusedAvgPoolProjector(AvgPoolProjector):
             raise ValueError(f"grid {height}x{width} does not hold the {tokens} tokens of x")
         return height, width
 
-    def _unreadable(self) -> str | None:
-        """Why ``mlp_projector`` must be called and its weights not read; None if they can be."""
-        if hooked_globally():
-            return "a global module hook is registered"
-        mlp = self.mlp_projector
-        if not plain(mlp, nn.Sequential):
-            return "mlp_projector was replaced or is hooked"
-        for i, child in enumerate(mlp._modules.values()):
-            if not plain(child, nn.GELU if i % 2 else nn.Linear):
-                return f"mlp_projector[{i}] is {type(child).__name__}, or hooked"
-            if i % 2:
-                if child.approximate != "none":
-                    return f"mlp_projector[{i}] is an approximate GELU"
-            elif not materialised(child):
-                return f"mlp_projector[{i}] has partitioned or special parameters"
-        return None if len(mlp) % 2 else "mlp_projector does not end with a linear layer"
+
+def changed_sampler(sampler: nn.Module, side: int) -> str | None:
+    """Why ``sampler`` must be called; None if it pools to side x side tokens and does no more."""
+    if plain(sampler, nn.AdaptiveAvgPool2d) and _square_output(sampler) == side:
+        return None
+    return "sampler was changed or is hooked"
+
+
+def unreadable(mlp: nn.Module) -> str | None:
+    """Why ``mlp_projector`` must be called and its weights not read; None if they can be."""
+    if hooked_globally():
+        return "a global module hook is registered"
+    if not plain(mlp, nn.Sequential):
+        return "mlp_projector was replaced or is hooked"
+    for i, child in enumerate(mlp._modules.values()):
+        if not plain(child, nn.GELU if i % 2 else nn.Linear):
+            return f"mlp_projector[{i}] is {type(child).__name__}, or hooked"
+        if i % 2:
+            if child.approximate != "none":
+                return f"mlp_projector[{i}] is an approximate GELU"
+        elif not materialised(child):
+            return f"mlp_projector[{i}] has partitioned or special parameters"
+    return None if len(mlp) % 2 else "mlp_projector does not end with a linear layer"
+
+
+def project(x: torch.Tensor, mlp: nn.Sequential, stencil: Stencil, backend: str) -> torch.Tensor:
+    """Tokens x [B, n, K], pooled and projected by an MLP that is not :func:`unreadable`."""
+    # The parameters as `unreadable` has seen them; a module's attributes are slow to look up.
+    first, *rest = (linear._parameters for linear in list(mlp)[::2])
+    activations = ["gelu"] * len(rest) + [None]
+    y = functional.pool_linear(
+        x, first["weight"], first["bias"], stencil, activations[0], backend=backend
+    )
+    for p, activation in zip(rest, activations[1:], strict=True):
+        y = functional.act_linear(y, p["weight"], p["bias"], activation, backend=backend)
+    return y
 
 
 def _square_output(sampler: nn.Module | None) -> int | None:

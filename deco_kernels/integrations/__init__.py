@@ -46,7 +46,7 @@ def fuse(model: nn.Module, *, backend: str = "auto") -> Fusion:
     A module gets a subclass of its own class, nothing else: it keeps its parameters, buffers,
     hooks, state-dict keys and identity, and :func:`unfuse` gives it back its class. What is known:
 
-    - pooling, then an MLP (DeCo): :class:`FusedAvgPoolProjector`;
+    - pooling, then an MLP (DeCo), as in :class:`FusedAvgPoolProjector`;
     - an MLP, then average pooling (Perception-LM, PLLaVA; LLaVA-NeXT, LLaVA-OneVision and
       Matryoshka models, where the pooling is a method of the model): the pooling goes in front of
       the MLP's last layer, which is the same function, since an average commutes with it;
@@ -107,8 +107,7 @@ def unfuse(model: nn.Module) -> Fusion:
 def explain(model: nn.Module) -> dict[str, Plan]:
     """Which way the next call of everything that :func:`fuse` replaced takes, and why.
 
-    The path is "fused" or "stock" (the module's original code), or as
-    :meth:`FusedAvgPoolProjector.explain` says.
+    The path is "fused" or "stock" (the module's original code).
 
     Raises:
         TypeError: ``model`` is not a module.

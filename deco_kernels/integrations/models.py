@@ -8,9 +8,7 @@ import torch
 from torch import nn
 
 from .. import functional
-from ..backends import choose
 from ..plain import difference, plain
-from ..projector import Plan
 from ..stencil import Stencil
 from . import tail
 from .swap import Found, Kind, disagreement, random_tokens, stand_in, state
@@ -26,6 +24,7 @@ class PooledByModel(Kind):
 
     projector = "mm_projector"
     through_get_model = True
+    how = "pools before the last layer of the projector"
     pool: str
     entries: tuple[str, ...]
 
@@ -37,7 +36,7 @@ class PooledByModel(Kind):
     def _entry(cls, original: type[nn.Module], name: str) -> Callable:
         def entry(self, *args, **kwargs):
             stock = getattr(original, name)
-            last = cls.last(self)
+            last = cls.parts(self)
             if isinstance(last, str) or torch.compiler.is_compiling():  # Dynamo knows no views
                 return stock(self, *args, **kwargs)
             projector = Projector(cls.module(self), last, state(self).backend)
@@ -54,7 +53,7 @@ class PooledByModel(Kind):
         return owner._modules.get(cls.projector)
 
     @classmethod
-    def last(cls, model: nn.Module) -> tail.Tail | str:
+    def parts(cls, model: nn.Module) -> tail.Tail | str:
         """The tail of the projector, or why its weights must not be read."""
         module, (kind, kinds, mode) = cls.module(model), state(model).seen
         if not plain(module, kind):
@@ -150,15 +149,6 @@ class PooledByModel(Kind):
     @classmethod
     def owned(cls, module: nn.Module) -> tuple[nn.Module, ...]:
         return (cls.module(module),)
-
-    @classmethod
-    def plan(cls, module: nn.Module) -> Plan:
-        last = cls.last(module)
-        if isinstance(last, str):
-            return Plan("eager", "stock", last)
-        like = last.linear.weight
-        backend = choose(state(module).backend, like.device, like.dtype).backend
-        return Plan(backend, "fused", f"{cls.pool} pools before the last layer of {cls.projector}")
 
 
 class Llava(PooledByModel):

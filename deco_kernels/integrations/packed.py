@@ -7,8 +7,6 @@ import torch
 from torch import nn
 
 from .. import functional
-from ..backends import choose
-from ..projector import Plan
 from ..stencil import Stencil
 from .swap import (
     Found,
@@ -58,12 +56,7 @@ class OfTower(Kind):
     """A vision tower that ends with that downsampling."""
 
     does = "downsampling of images of all sizes at once"
-
-    @classmethod
-    def plan(cls, module: nn.Module) -> Plan:
-        like = next(module.parameters(), torch.empty(0))
-        backend = choose(state(module).backend, like.device, like.dtype).backend
-        return Plan(backend, "fused", "downsampling of all images is one pooling")
+    how = "downsampling of all images is one pooling"
 
 
 class Unshuffle(OfTower):

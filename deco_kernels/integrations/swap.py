@@ -10,9 +10,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from ..backends import choose
 from ..projector import Plan
 
 ATTRIBUTE = "_deco_kernels"  # of a fused module: its State
+_SIMPLE = (int, float, bool, str, type(None))
+_OF_EVERY_MODULE = frozenset(nn.Module().__dict__)
 
 
 class State(NamedTuple):
@@ -44,7 +47,7 @@ class Kind:
     For code asks modules for names such as ``module``: they get no method that they did not have.
     """
 
-    bases: tuple[type, ...] = ()
+    how: str  # it computes, in words
 
     @classmethod
     def find(cls, module: nn.Module) -> Found | None:
@@ -54,12 +57,23 @@ class Kind:
     @classmethod
     def methods(cls, original: type[nn.Module]) -> dict[str, Callable]:
         """The fused methods, which fall back on those of the original class."""
-        return {}
+        raise NotImplementedError
+
+    @classmethod
+    def parts(cls, module: nn.Module) -> Any:
+        """What the fused methods compute with, or a str: why they must not."""
+        return None
 
     @classmethod
     def plan(cls, module: nn.Module) -> Plan:
         """Which way the next call of a fused module takes."""
-        raise NotImplementedError
+        parts = cls.parts(module)
+        if isinstance(parts, str):
+            return Plan("eager", "stock", parts)
+        parameters = (p for m in (*cls.owned(module), module) for p in m.parameters())
+        like = next(parameters, torch.empty(0))
+        backend = choose(state(module).backend, like.device, like.dtype).backend
+        return Plan(backend, "fused", cls.how)
 
     @classmethod
     def owned(cls, module: nn.Module) -> tuple[nn.Module, ...]:
@@ -102,15 +116,15 @@ def fused_class(kind: type[Kind], original: type[nn.Module]) -> type[nn.Module]:
     for name, method in kind.methods(original).items():
         body[name] = wraps(getattr(original, name))(method)
     try:
-        return subclass(original, (Swapped, *kind.bases), body)
+        return subclass(original, Swapped, body)
     except TypeError as error:  # a metaclass or a layout that forbids it
         raise FinalClass(f"its class cannot be extended: {error}") from error
 
 
-def subclass(original: type, mixins: tuple[type, ...], body: dict[str, Any]) -> type:
+def subclass(original: type, mixin: type, body: dict[str, Any]) -> type:
     """A subclass under the original's name: configurations and wrapping policies write it down."""
     names = {"__module__": original.__module__, "__qualname__": original.__qualname__}
-    return type(original)(original.__name__, (*mixins, original), names | body)
+    return type(original)(original.__name__, (mixin, original), names | body)
 
 
 def kind_of(module: nn.Module) -> type[Kind] | None:
@@ -167,6 +181,26 @@ def disagreement(
     if not isinstance(want, torch.Tensor) or want.shape != got.shape:
         return "it returned another shape"
     return None if torch.allclose(got, want, rtol=1e-9, atol=1e-9) else "it computes something else"
+
+
+def simple_values(module: nn.Module) -> dict[str, Any]:
+    """The numbers, strings and so on that a module's own code may read from it."""
+    classes = reversed(type(module).__mro__)
+    found = {k: v for c in classes if not issubclass(nn.Module, c) for k, v in vars(c).items()}
+    return {
+        name: value
+        for name, value in (found | module.__dict__).items()
+        if type(value) in _SIMPLE and name not in _OF_EVERY_MODULE and name[:2] != "__"
+    }
+
+
+def changed(module: nn.Module, values: dict[str, Any]) -> str | None:
+    """Which of its :func:`simple_values` is another one now; None if none is."""
+    for name, value in values.items():
+        now = getattr(module, name, None)
+        if type(now) is not type(value) or now != value:
+            return f"{name} is {now!r} now"
+    return None
 
 
 def parameter_names(method: object) -> list[str] | None:

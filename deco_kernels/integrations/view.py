@@ -126,7 +126,7 @@ class View:
             body["get_model"] = _get_model(original.get_model, kind)
         else:
             body[attribute] = property(lambda self: self.deco_projector)
-        return subclass(original, (View,), body)
+        return subclass(original, View, body)
 
 
 def _get_model(stock: Callable, kind: type) -> Callable:
