@@ -89,7 +89,7 @@ class FusedAvgPoolProjector(AvgPoolProjector):
                 f" (Sequential of linear layers) like AvgPoolProjector, got {type(module).__name__}"
             )
         for i in (0, -1):
-            if not hasattr(mlp[i], "in_features"):
+            if not getattr(mlp[i], "in_features", 0):  # a lazy layer has none yet
                 raise TypeError(f"mlp_projector[{i}] must be linear, got {type(mlp[i]).__name__}")
         with torch.device("meta"):  # the children made here are replaced below
             fused = cls(
@@ -140,7 +140,7 @@ class FusedAvgPoolProjector(AvgPoolProjector):
         """
         plan = self._plan(x)
         if plan.backend == "auto" and plan.path == "pooled":
-            like = x if x is not None else next(self.parameters())
+            like = self._like(x)
             return plan._replace(backend=preferred(like.device, like.dtype).backend)
         if plan.backend != "auto" or x is None:
             return plan
@@ -157,7 +157,7 @@ class FusedAvgPoolProjector(AvgPoolProjector):
         return Plan(choices[call].backend, plan.path, told)
 
     def _plan(self, x: torch.Tensor | None) -> Plan:
-        like = x if x is not None else next(self.parameters())
+        like = self._like(x)
         dtype = functional.autocast_dtype(like) or like.dtype
         backend, reason = choose(self.backend, like.device, dtype)
         problem = changed_sampler(self.sampler, self._side)
@@ -165,6 +165,10 @@ class FusedAvgPoolProjector(AvgPoolProjector):
             return Plan("eager", "modules", problem)
         problem = unreadable(self.mlp_projector)
         return Plan(backend, "pooled" if problem else "fused", problem or reason)
+
+    def _like(self, x: torch.Tensor | None) -> torch.Tensor:
+        """``x`` or a parameter; a quantised MLP has none."""
+        return x if x is not None else next(self.parameters(), torch.empty(0))
 
     def _check(self, x: torch.Tensor, grid: tuple[int, int] | None) -> tuple[int, int]:
         """The grid of the tokens ``x``, once they are what the projector takes."""
@@ -185,6 +189,8 @@ class FusedAvgPoolProjector(AvgPoolProjector):
 
 def changed_sampler(sampler: nn.Module, side: int) -> str | None:
     """Why ``sampler`` must be called; None if it pools to side x side tokens and does no more."""
+    if hooked_globally():
+        return "a global module hook is registered"
     if plain(sampler, nn.AdaptiveAvgPool2d) and _square_output(sampler) == side:
         return None
     return "sampler was changed or is hooked"
@@ -192,8 +198,6 @@ def changed_sampler(sampler: nn.Module, side: int) -> str | None:
 
 def unreadable(mlp: nn.Module) -> str | None:
     """Why ``mlp_projector`` must be called and its weights not read; None if they can be."""
-    if hooked_globally():
-        return "a global module hook is registered"
     if not plain(mlp, nn.Sequential):
         return "mlp_projector was replaced or is hooked"
     for i, child in enumerate(mlp._modules.values()):

@@ -145,7 +145,7 @@ LEFT = {
         lambda: with_method(LlavaLike()),
         "encode_multimodals is replaced on the instance",
     ),
-    "no subclass": (Final, "its class cannot be extended: no"),
+    "no subclass": (Final, "it cannot be tried out: TypeError: no"),
     "unknown": (FancyProjector, "it is not built like a pooled projector known here"),
 }
 

@@ -69,10 +69,9 @@ class Unshuffle(OfTower):
             return None
         if "pixel_unshuffle" in module.__dict__:
             return Found("its pixel_unshuffle is replaced on the instance")
-        ours = as_fused(stand_in(module, module._modules), cls, None)
-        problem = disagreement(
-            lambda *trial: method(module, *trial), ours.pixel_unshuffle, *_trial()
-        )
+        stock = stand_in(module, module._modules)
+        ours = as_fused(stock, cls, None)
+        problem = disagreement(stock.pixel_unshuffle, ours.pixel_unshuffle, *_trial())
         if problem:
             return Found(f"its pixel_unshuffle is not the one known here: {problem}")
         return Found(cls.does, cls)

@@ -1,5 +1,6 @@
 """How does a module become another one in place? It gets a subclass of its own class, and back."""
 
+import copy
 import copyreg
 import inspect
 from collections import OrderedDict
@@ -35,10 +36,6 @@ class Found(NamedTuple):
     kind: "type[Kind] | None" = None
     seen: Any = None
     owned: tuple[nn.Module, ...] = ()
-
-
-class FinalClass(Exception):
-    """There can be no subclass of a class."""
 
 
 class Kind:
@@ -107,18 +104,11 @@ def _again(kind: type[Kind], original: type[nn.Module], *arguments: object) -> n
 
 @cache
 def fused_class(kind: type[Kind], original: type[nn.Module]) -> type[nn.Module]:
-    """The one subclass of ``original`` with the methods of ``kind``.
-
-    Raises:
-        FinalClass: there can be none.
-    """
+    """The one subclass of ``original`` with the methods of ``kind``."""
     body = {"deco_kind": kind, "deco_original": original, "__doc__": original.__doc__}
     for name, method in kind.methods(original).items():
         body[name] = wraps(getattr(original, name))(method)
-    try:
-        return subclass(original, Swapped, body)
-    except TypeError as error:  # a metaclass or a layout that forbids it
-        raise FinalClass(f"its class cannot be extended: {error}") from error
+    return subclass(original, Swapped, body)
 
 
 def subclass(original: type, mixin: type, body: dict[str, Any]) -> type:
@@ -156,8 +146,11 @@ def stand_in(module: nn.Module, children: dict[str, nn.Module]) -> nn.Module:
     """An object of ``module``'s class with other children and no hooks, to be tried out."""
     made = object.__new__(type(module))
     for key, value in module.__dict__.items():
-        made.__dict__[key] = OrderedDict() if "_hooks" in key and isinstance(value, dict) else value
-    made.__dict__["_modules"] = dict(children)
+        if type(value) in (dict, list, set, OrderedDict):  # a trial may store something
+            value = type(value)() if "_hooks" in key else copy.copy(value)
+        made.__dict__[key] = value
+    buffers = {k: None if b is None else b.clone() for k, b in module._buffers.items()}
+    made.__dict__.update(_modules=dict(children), _buffers=buffers)
     return made
 
 
@@ -174,12 +167,13 @@ def disagreement(
     """How two functions differ on the same arguments, float64 on the CPU; None if they agree."""
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         try:
-            want = stock(*arguments)
+            want, got = stock(*arguments), ours(*arguments)
         except Exception as error:
             return f"it raised {type(error).__name__}: {error}"
-        got = ours(*arguments)
     if not isinstance(want, torch.Tensor) or want.shape != got.shape:
         return "it returned another shape"
+    if want.dtype != got.dtype:
+        return f"it returned {want.dtype} for {got.dtype}"
     return None if torch.allclose(got, want, rtol=1e-9, atol=1e-9) else "it computes something else"
 
 
