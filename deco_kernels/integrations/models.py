@@ -11,7 +11,16 @@ from .. import functional
 from ..plain import difference, plain
 from ..stencil import Stencil
 from . import tail
-from .swap import Found, Kind, disagreement, random_tokens, stand_in, state
+from .swap import (
+    Found,
+    Kind,
+    changed,
+    disagreement,
+    random_tokens,
+    simple_values,
+    stand_in,
+    state,
+)
 from .view import Projector, View, finished
 
 
@@ -55,9 +64,12 @@ class PooledByModel(Kind):
     @classmethod
     def parts(cls, model: nn.Module) -> tail.Tail | str:
         """The tail of the projector, or why its weights must not be read."""
-        module, (kind, kinds, mode) = cls.module(model), state(model).seen
+        module, (values, kind, kinds, mode) = cls.module(model), state(model).seen
         if not plain(module, kind):
             return f"{cls.projector} {difference(module, kind)}"
+        problem = changed(module, values)
+        if problem:
+            return f"{cls.projector}'s {problem}"
         if cls.mode(model) != mode:
             return f"the model pools by {cls.mode(model)!r} now"
         return tail.read(module, kinds)
@@ -74,7 +86,8 @@ class PooledByModel(Kind):
         problem = cls._problem(module, projector)
         if problem:
             return Found(problem, owned=owned)
-        seen = type(projector), tail.kinds(projector), cls.mode(module)
+        values, kinds = simple_values(projector), tail.kinds(projector)
+        seen = values, type(projector), kinds, cls.mode(module)
         return Found(f"{cls.pool}, in front of the last layer of {cls.projector}", cls, seen, owned)
 
     @classmethod
