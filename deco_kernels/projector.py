@@ -135,6 +135,8 @@ class FusedAvgPoolProjector(AvgPoolProjector):
     def explain(self, x: torch.Tensor | None = None, grid: tuple[int, int] | None = None) -> Plan:
         """Which backend and path a call takes, and why: for ``x``, or tokens like the weights.
 
+        It looks at the layers as they are now: weights that are gathered for a call only, as by
+        FSDP2 around this module, are "partitioned" before it, though the call is fused.
         Where "auto" depends on sizes, it needs ``x``: the backend is that of pool and first linear
         layer, and the reason has those of the other layers' backwards too.
         """

@@ -4,7 +4,7 @@ from functools import wraps
 
 import pytest
 import torch
-from fuse_kinds import KINDS, pair
+from fuse_kinds import KINDS, computes, pair
 from stock import LlavaLike, PerceptionProjector, SeedProjector, UnshufflingTower
 from test_projector import Quantised
 from torch import nn
@@ -157,3 +157,29 @@ def test_a_trial_leaves_no_trace(base, method):
     assert [*fuse(model).replaced] == [""]
     assert (model.calls, model.got) == (0, [])
     assert (model._buffers.get("count", 0), model._buffers.get("last")) == (0, None)
+
+
+@pytest.fixture
+def mesh():
+    if not torch.distributed.is_available():
+        pytest.skip("torch is built without distributed")
+    torch.distributed.init_process_group(
+        "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1
+    )
+    yield torch.distributed.init_device_mesh("cpu", (1,))
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.filterwarnings("ignore:FSDP2-wrapped")
+@pytest.mark.parametrize("name", ["seed", "perception"])
+@pytest.mark.parametrize("around", ["module", "layer"])
+def test_sharded_by_fsdp2(mesh, name, around):
+    """Around a module it gathers the weights for a call, around a layer for that layer's call."""
+    kind = KINDS[name]
+    stock, fused = pair(kind)
+    sharded = fused if around == "module" else fused.get_submodule(kind.last)
+    torch.distributed.fsdp.fully_shard(sharded, mesh=mesh)
+    x = torch.randn(kind.shape, requires_grad=True)
+    assert explain(fused)[""].path == "stock"
+    assert computes(fused, kind, x) == (around == "module")
+    torch.testing.assert_close(fused(x), stock(x))

@@ -72,7 +72,7 @@ def fuse(model: nn.Module, *, backend: str = "auto") -> Fusion:
     _check_module(model)
     check_backend(backend)
     done, told, todo = Fusion({}, {}), set(), []
-    for name, module in model.named_modules():
+    for name, module in list(model.named_modules()):
         if id(module) in told or isinstance(module, torch.jit.ScriptModule):
             continue
         found = _find(module)
@@ -108,9 +108,10 @@ def unfuse(model: nn.Module) -> Fusion:
 
 
 def explain(model: nn.Module) -> dict[str, Plan]:
-    """Which way the next call of everything that :func:`fuse` replaced takes, and why.
+    """Which way everything that :func:`fuse` replaced takes with its layers as they are, and why.
 
-    The path is "fused" or "stock" (the module's original code).
+    The path is "fused" or "stock" (the module's original code). Weights that are gathered for a
+    call only, as by FSDP2 around a module, are "partitioned" before it, though the call is fused.
 
     Raises:
         TypeError: ``model`` is not a module.

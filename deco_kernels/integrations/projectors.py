@@ -82,9 +82,8 @@ class PooledBefore(OfTokens):
         stock = stand_in(module, {"sampler": module.sampler, "mlp_projector": mlp})
         seen = simple_values(module), side
         problem = _differs(stock, cls, seen, [(random_tokens(2, (side + 1) ** 2, 3),)])
-        return Found(
-            problem or f"average pooling to {side}x{side}, MLP", None if problem else cls, seen
-        )
+        what = f"average pooling to {side}x{side}, MLP"
+        return Found(problem) if problem else Found(what, cls, seen)
 
     @classmethod
     def parts(cls, module: nn.Module) -> tuple[nn.Sequential, int] | str:
