@@ -5,7 +5,7 @@ from functools import wraps
 import pytest
 import torch
 from fuse_kinds import KINDS, computes, pair
-from stock import LlavaLike, PerceptionProjector, SeedProjector, UnshufflingTower
+from stock import LlavaLike, PerceptionProjector, RatioPooling, SeedProjector, UnshufflingTower
 from test_projector import Quantised
 from torch import nn
 
@@ -157,6 +157,18 @@ def test_a_trial_leaves_no_trace(base, method):
     assert [*fuse(model).replaced] == [""]
     assert (model.calls, model.got) == (0, [])
     assert (model._buffers.get("count", 0), model._buffers.get("last")) == (0, None)
+
+
+def test_a_trial_leaves_no_trace_in_the_pooling():
+    class Storing(RatioPooling):
+        def forward(self, x):
+            self.got = x
+            return super().forward(x)
+
+    model = PerceptionProjector()
+    model.pooling = Storing(2)
+    assert [*fuse(model).replaced] == [""]
+    assert not hasattr(model.pooling, "got")
 
 
 @pytest.fixture

@@ -128,7 +128,8 @@ class PooledAfter(PooledProjector):
             return Found(f"the pooling {type(module.pooling).__name__} is not known here")
         values = simple_values(module), simple_values(module.pooling)
         seen = *values, tail.kinds(module), type(module.pooling)
-        stock = stand_in(module, {**tail.tiny(module), "pooling": module.pooling})
+        pooling = stand_in(module.pooling, {})
+        stock = stand_in(module, {**tail.tiny(module), "pooling": pooling})
         problem = _differs(stock, kind, seen, kind.trials(module))
         return Found(problem) if problem else Found(f"{kind.does}, before linear_2", kind, seen)
 
