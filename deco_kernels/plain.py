@@ -36,9 +36,9 @@ def difference(module: nn.Module, kind: type[nn.Module]) -> str:
 
 def materialised(linear: nn.Linear) -> bool:
     """Whether the parameters are ordinary tensors that are there in full."""
-    weight, bias = linear._parameters.get("weight"), linear._parameters.get("bias")
+    p = linear._parameters
     return (
-        type(weight) in _ORDINARY
-        and (bias is None or type(bias) in _ORDINARY)
-        and weight.numel() == linear.out_features * linear.in_features
+        type(p.get("weight")) in _ORDINARY
+        and type(p.get("bias", ...)) in (*_ORDINARY, type(None))  # a buffer in its place is none
+        and p["weight"].numel() == linear.out_features * linear.in_features
     )

@@ -89,7 +89,7 @@ class FusedAvgPoolProjector(AvgPoolProjector):
                 f" (Sequential of linear layers) like AvgPoolProjector, got {type(module).__name__}"
             )
         for i in (0, -1):
-            if not hasattr(mlp[i], "in_features"):
+            if not getattr(mlp[i], "in_features", 0):  # a lazy layer has none yet
                 raise TypeError(f"mlp_projector[{i}] must be linear, got {type(mlp[i]).__name__}")
         with torch.device("meta"):  # the children made here are replaced below
             fused = cls(
@@ -130,25 +130,19 @@ class FusedAvgPoolProjector(AvgPoolProjector):
         if path == "pooled":
             return self.mlp_projector(functional.pool(x, stencil, backend=self.backend))
 
-        # The parameters as `_unreadable` has seen them; a module's attributes are slow to look up.
-        first, *rest = (linear._parameters for linear in list(self.mlp_projector)[::2])
-        activations = ["gelu"] * len(rest) + [None]
-        y = functional.pool_linear(
-            x, first["weight"], first["bias"], stencil, activations[0], backend=backend
-        )
-        for p, activation in zip(rest, activations[1:], strict=True):
-            y = functional.act_linear(y, p["weight"], p["bias"], activation, backend=backend)
-        return y
+        return project(x, self.mlp_projector, stencil, backend)
 
     def explain(self, x: torch.Tensor | None = None, grid: tuple[int, int] | None = None) -> Plan:
         """Which backend and path a call takes, and why: for ``x``, or tokens like the weights.
 
+        It looks at the layers as they are now: weights that are gathered for a call only, as by
+        FSDP2 around this module, are "partitioned" before it, though the call is fused.
         Where "auto" depends on sizes, it needs ``x``: the backend is that of pool and first linear
         layer, and the reason has those of the other layers' backwards too.
         """
         plan = self._plan(x)
         if plan.backend == "auto" and plan.path == "pooled":
-            like = x if x is not None else next(self.parameters())
+            like = self._like(x)
             return plan._replace(backend=preferred(like.device, like.dtype).backend)
         if plan.backend != "auto" or x is None:
             return plan
@@ -165,14 +159,18 @@ class FusedAvgPoolProjector(AvgPoolProjector):
         return Plan(choices[call].backend, plan.path, told)
 
     def _plan(self, x: torch.Tensor | None) -> Plan:
-        like = x if x is not None else next(self.parameters())
+        like = self._like(x)
         dtype = functional.autocast_dtype(like) or like.dtype
         backend, reason = choose(self.backend, like.device, dtype)
-        sampler = self.sampler
-        if not plain(sampler, nn.AdaptiveAvgPool2d) or _square_output(sampler) != self._side:
-            return Plan("eager", "modules", "sampler was changed or is hooked")
-        problem = self._unreadable()
+        problem = changed_sampler(self.sampler, self._side)
+        if problem:
+            return Plan("eager", "modules", problem)
+        problem = unreadable(self.mlp_projector)
         return Plan(backend, "pooled" if problem else "fused", problem or reason)
+
+    def _like(self, x: torch.Tensor | None) -> torch.Tensor:
+        """``x`` or a parameter; a quantised MLP has none."""
+        return x if x is not None else next(self.parameters(), torch.empty(0))
 
     def _check(self, x: torch.Tensor, grid: tuple[int, int] | None) -> tuple[int, int]:
         """The grid of the tokens ``x``, once they are what the projector takes."""
@@ -190,22 +188,42 @@ class FusedAvgPoolProjector(AvgPoolProjector):
             raise ValueError(f"grid {height}x{width} does not hold the {tokens} tokens of x")
         return height, width
 
-    def _unreadable(self) -> str | None:
-        """Why ``mlp_projector`` must be called and its weights not read; None if they can be."""
-        if hooked_globally():
-            return "a global module hook is registered"
-        mlp = self.mlp_projector
-        if not plain(mlp, nn.Sequential):
-            return "mlp_projector was replaced or is hooked"
-        for i, child in enumerate(mlp._modules.values()):
-            if not plain(child, nn.GELU if i % 2 else nn.Linear):
-                return f"mlp_projector[{i}] is {type(child).__name__}, or hooked"
-            if i % 2:
-                if child.approximate != "none":
-                    return f"mlp_projector[{i}] is an approximate GELU"
-            elif not materialised(child):
-                return f"mlp_projector[{i}] has partitioned or special parameters"
-        return None if len(mlp) % 2 else "mlp_projector does not end with a linear layer"
+
+def changed_sampler(sampler: nn.Module, side: int) -> str | None:
+    """Why ``sampler`` must be called; None if it pools to side x side tokens and does no more."""
+    if hooked_globally():
+        return "a global module hook is registered"
+    if plain(sampler, nn.AdaptiveAvgPool2d) and _square_output(sampler) == side:
+        return None
+    return "sampler was changed or is hooked"
+
+
+def unreadable(mlp: nn.Module) -> str | None:
+    """Why ``mlp_projector`` must be called and its weights not read; None if they can be."""
+    if not plain(mlp, nn.Sequential):
+        return "mlp_projector was replaced or is hooked"
+    for i, child in enumerate(mlp._modules.values()):
+        if not plain(child, nn.GELU if i % 2 else nn.Linear):
+            return f"mlp_projector[{i}] is {type(child).__name__}, or hooked"
+        if i % 2:
+            if child.approximate != "none":
+                return f"mlp_projector[{i}] is an approximate GELU"
+        elif not materialised(child):
+            return f"mlp_projector[{i}] has partitioned or special parameters"
+    return None if len(mlp) % 2 else "mlp_projector does not end with a linear layer"
+
+
+def project(x: torch.Tensor, mlp: nn.Sequential, stencil: Stencil, backend: str) -> torch.Tensor:
+    """Tokens x [B, n, K], pooled and projected by an MLP that is not :func:`unreadable`."""
+    # The parameters as `unreadable` has seen them; a module's attributes are slow to look up.
+    first, *rest = (linear._parameters for linear in list(mlp)[::2])
+    activations = ["gelu"] * len(rest) + [None]
+    y = functional.pool_linear(
+        x, first["weight"], first["bias"], stencil, activations[0], backend=backend
+    )
+    for p, activation in zip(rest, activations[1:], strict=True):
+        y = functional.act_linear(y, p["weight"], p["bias"], activation, backend=backend)
+    return y
 
 
 def _square_output(sampler: nn.Module | None) -> int | None:

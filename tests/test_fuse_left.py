@@ -1,7 +1,5 @@
 """Does ``fuse`` leave alone what it does not know exactly, and say why?"""
 
-import copy
-
 import pytest
 import torch
 from fuse_kinds import KINDS, Called, pair, videos
@@ -145,7 +143,7 @@ LEFT = {
         lambda: with_method(LlavaLike()),
         "encode_multimodals is replaced on the instance",
     ),
-    "no subclass": (Final, "its class cannot be extended: no"),
+    "no subclass": (Final, "it cannot be tried out: TypeError: no"),
     "unknown": (FancyProjector, "it is not built like a pooled projector known here"),
 }
 
@@ -190,90 +188,6 @@ def test_the_pooling_mode_is_looked_up_in_every_call():
         model.config.mm_spatial_pool_mode = "max"
     assert torch.equal(videos(fused, x), videos(stock, x))
     assert explain(fused)[""].reason == "the model pools by 'max' now"
-
-
-def test_the_view_leaves_the_model_as_it_is():
-    """What the model's own code stores goes to the model, and it sees its own projector."""
-
-    class Storing(LlavaLike):
-        def encode_images(self, images):
-            projector = self.get_model().mm_projector
-            self.seen = projector[0].in_features, len(list(projector.parameters()))
-            features = projector(images)
-            assert isinstance(features, torch.Tensor)
-            self.shape = features.shape
-            return features * 1.0
-
-    stock, fused = Storing(), None
-    fused = copy.deepcopy(stock)
-    assert [*fuse(fused).replaced] == [""]
-    x = torch.randn(6, 49, 8)
-    torch.testing.assert_close(videos(fused, x), videos(stock, x))
-    assert fused.seen == stock.seen == (8, 4)
-    assert fused.shape == stock.shape
-    assert fused.get_model() is fused.model
-    assert type(fused.model.mm_projector) is nn.Sequential
-
-
-def in_place(features):
-    features += 1
-    features.mul_(2)
-    return features
-
-
-TOUCHES = {
-    "nothing": lambda f: f,
-    "index": lambda f: f[:],
-    "iterate": lambda f: torch.stack(list(f)),
-    "concatenate": lambda f: torch.cat([f[:2], *f[2:].split(1)]),
-    "stack": lambda f: torch.stack([f, f])[0],
-    "in place": in_place,
-    "arithmetic": lambda f: 2 * f - f / 3 + 1,
-    "matmul": lambda f: f @ torch.eye(12),
-    "compare": lambda f: f * (f > 0),
-    "function": lambda f: torch.nn.functional.normalize(f, dim=-1),
-    "split channels": lambda f: torch.cat(torch.split(f, 5, dim=-1), -1),
-    "split twice": lambda f: torch.cat([*f.split(2)[:2], f.split([4, 2])[1]]),
-    "shape": lambda f: f.view(*f.shape[:2], -1) * len(f),
-    "cast": lambda f: f.to(torch.float64).float(),
-    "detach": lambda f: f.detach(),
-}
-
-
-class Touching(LlavaLike):
-    touch = "nothing"
-
-    def encode_images(self, images):
-        features = self.get_model().mm_projector(images)
-        assert isinstance(features, torch.Tensor)
-        assert torch.is_tensor(features)
-        return TOUCHES[self.touch](features)
-
-
-@pytest.mark.parametrize("touch", TOUCHES)
-def test_what_a_model_does_before_it_pools_is_done(touch):
-    stock = Touching()
-    stock.touch = touch
-    fused = copy.deepcopy(stock)
-    assert [*fuse(fused).replaced] == [""]
-    x = torch.randn(6, 49, 8)
-    torch.testing.assert_close(videos(fused, x), videos(stock, x))
-
-
-def test_what_was_changed_in_place_is_pooled():
-    class Doubling(LlavaLike):
-        def encode_multimodals(self, videos_or_images, video_idx_in_batch, split_sizes=None):
-            features = self.get_model().mm_projector(videos_or_images)
-            features.mul_(2)
-            return [self.get_2dPool(features, 2), features], []
-
-    stock = Doubling()
-    fused = copy.deepcopy(stock)
-    assert [*fuse(fused).replaced] == [""]
-    x = torch.randn(6, 49, 8)
-    got, want = fused.encode_multimodals(x, [0])[0], stock.encode_multimodals(x, [0])[0]
-    torch.testing.assert_close(got, want)
-    assert [type(y) for y in got] == [torch.Tensor] * 2
 
 
 def test_a_wrapper_that_answers_for_its_model_is_not_the_model():

@@ -219,16 +219,53 @@ def test_tensor_subclasses_are_not_read():
     assert fused.explain().path == "pooled"
 
 
-def test_global_hooks_see_the_children():
-    _, fused = pair()
+def test_global_hooks_see_what_they_see_in_the_reference():
+    oracle, fused = pair()
     seen = []
     handle = nn.modules.module.register_module_forward_hook(lambda mod, a, y: seen.append(mod))
     try:
-        assert fused.explain().reason == "a global module hook is registered"
+        plan = fused.explain()
+        oracle(torch.randn(1, 16, 8))
+        want = seen[:-1]
+        seen.clear()
         fused(torch.randn(1, 16, 8))
     finally:
         handle.remove()
-    assert fused.mlp_projector[0] in seen
+    assert (plan.path, plan.reason) == ("modules", "a global module hook is registered")
+    assert seen == [*want, fused]
+
+
+def test_a_bias_that_is_a_buffer():
+    oracle, fused = pair()
+    first = oracle.mlp_projector[0]
+    bias = first.bias.detach()
+    del first.bias
+    first.register_buffer("bias", bias)
+    x = torch.randn(2, 16, 8)
+    assert fused.explain().reason == "mlp_projector[0] has partitioned or special parameters"
+    assert torch.equal(fused(x), oracle(x))
+
+
+class Quantised(nn.Linear):
+    """Without parameters, as torch's dynamically quantised layers."""
+
+    def __init__(self, base):
+        super().__init__(base.in_features, base.out_features, device="meta")
+        kept = base.weight.detach(), base.bias.detach()
+        del self.weight, self.bias
+        self.kept = kept
+
+    def forward(self, x):
+        return nn.functional.linear(x, *self.kept)
+
+
+def test_an_mlp_without_parameters():
+    oracle, fused = pair()
+    mlp = oracle.mlp_projector
+    mlp[0], mlp[2] = Quantised(mlp[0]), Quantised(mlp[2])
+    x = torch.randn(2, 16, 8)
+    assert fused.explain().reason == "mlp_projector[0] is Quantised, or hooked"
+    assert torch.equal(fused(x), oracle(x))
 
 
 def test_backward_hooks_fire():

@@ -3,13 +3,14 @@
 import re
 from typing import NamedTuple
 
+import torch
 from torch import nn
 
 from ..backends import check_backend
 from ..plain import hooked_globally
 from ..projector import Plan
 from . import models, packed, projectors
-from .swap import FinalClass, Found, fused_class, kind_of, swap, swap_back
+from .swap import Found, as_fused, kind_of, swap, swap_back
 
 __all__ = ["Fusion", "explain", "fuse", "unfuse"]
 
@@ -46,7 +47,7 @@ def fuse(model: nn.Module, *, backend: str = "auto") -> Fusion:
     A module gets a subclass of its own class, nothing else: it keeps its parameters, buffers,
     hooks, state-dict keys and identity, and :func:`unfuse` gives it back its class. What is known:
 
-    - pooling, then an MLP (DeCo): :class:`FusedAvgPoolProjector`;
+    - pooling, then an MLP (DeCo), as in :class:`FusedAvgPoolProjector`;
     - an MLP, then average pooling (Perception-LM, PLLaVA; LLaVA-NeXT, LLaVA-OneVision and
       Matryoshka models, where the pooling is a method of the model): the pooling goes in front of
       the MLP's last layer, which is the same function, since an average commutes with it;
@@ -70,9 +71,9 @@ def fuse(model: nn.Module, *, backend: str = "auto") -> Fusion:
     """
     _check_module(model)
     check_backend(backend)
-    done, told = Fusion({}, {}), set()
+    done, told, todo = Fusion({}, {}), set(), []
     for name, module in list(model.named_modules()):
-        if id(module) in told:
+        if id(module) in told or isinstance(module, torch.jit.ScriptModule):
             continue
         found = _find(module)
         if found is None:
@@ -81,8 +82,10 @@ def fuse(model: nn.Module, *, backend: str = "auto") -> Fusion:
         if found.kind is None:
             done.left[name] = found.what
         else:
-            swap(module, found, backend)
+            todo.append((module, found))
             done.replaced[name] = found.what
+    for module, found in todo:  # nothing is changed before all is known
+        swap(module, found, backend)
     return done
 
 
@@ -105,10 +108,10 @@ def unfuse(model: nn.Module) -> Fusion:
 
 
 def explain(model: nn.Module) -> dict[str, Plan]:
-    """Which way the next call of everything that :func:`fuse` replaced takes, and why.
+    """Which way everything that :func:`fuse` replaced takes with its layers as they are, and why.
 
-    The path is "fused" or "stock" (the module's original code), or as
-    :meth:`FusedAvgPoolProjector.explain` says.
+    The path is "fused" or "stock" (the module's original code). Weights that are gathered for a
+    call only, as by FSDP2 around a module, are "partitioned" before it, though the call is fused.
 
     Raises:
         TypeError: ``model`` is not a module.
@@ -126,9 +129,9 @@ def _find(module: nn.Module) -> Found | None:
         try:
             found = kind.find(module)
             if found is not None and found.kind is not None:
-                fused_class(found.kind, type(module))
-        except FinalClass as error:
-            found = Found(str(error))
+                as_fused(module, found.kind, found.seen)  # its class may forbid it
+        except Exception as error:
+            found = Found(f"it cannot be tried out: {type(error).__name__}: {error}")
         if found is None:
             continue
         problem = None

@@ -8,12 +8,19 @@ import torch
 from torch import nn
 
 from .. import functional
-from ..backends import choose
 from ..plain import difference, plain
-from ..projector import Plan
 from ..stencil import Stencil
 from . import tail
-from .swap import Found, Kind, disagreement, random_tokens, stand_in, state
+from .swap import (
+    Found,
+    Kind,
+    changed,
+    disagreement,
+    random_tokens,
+    simple_values,
+    stand_in,
+    state,
+)
 from .view import Projector, View, finished
 
 
@@ -26,6 +33,7 @@ class PooledByModel(Kind):
 
     projector = "mm_projector"
     through_get_model = True
+    how = "pools before the last layer of the projector"
     pool: str
     entries: tuple[str, ...]
 
@@ -37,7 +45,7 @@ class PooledByModel(Kind):
     def _entry(cls, original: type[nn.Module], name: str) -> Callable:
         def entry(self, *args, **kwargs):
             stock = getattr(original, name)
-            last = cls.last(self)
+            last = cls.parts(self)
             if isinstance(last, str) or torch.compiler.is_compiling():  # Dynamo knows no views
                 return stock(self, *args, **kwargs)
             projector = Projector(cls.module(self), last, state(self).backend)
@@ -54,11 +62,14 @@ class PooledByModel(Kind):
         return owner._modules.get(cls.projector)
 
     @classmethod
-    def last(cls, model: nn.Module) -> tail.Tail | str:
+    def parts(cls, model: nn.Module) -> tail.Tail | str:
         """The tail of the projector, or why its weights must not be read."""
-        module, (kind, kinds, mode) = cls.module(model), state(model).seen
+        module, (values, kind, kinds, mode) = cls.module(model), state(model).seen
         if not plain(module, kind):
             return f"{cls.projector} {difference(module, kind)}"
+        problem = changed(module, values)
+        if problem:
+            return f"{cls.projector}'s {problem}"
         if cls.mode(model) != mode:
             return f"the model pools by {cls.mode(model)!r} now"
         return tail.read(module, kinds)
@@ -68,17 +79,15 @@ class PooledByModel(Kind):
         # Of the class: wrappers such as PEFT's answer for the model that they wrap.
         if not all(callable(getattr(type(module), name, None)) for name in cls.needs()):
             return None
-        try:
-            projector = cls.module(module)
-        except Exception as error:
-            return Found(f"get_model raised {type(error).__name__}: {error}")
+        projector = cls.module(module)
         if not isinstance(projector, nn.Module):
             return None
         owned = (projector,)
         problem = cls._problem(module, projector)
         if problem:
             return Found(problem, owned=owned)
-        seen = type(projector), tail.kinds(projector), cls.mode(module)
+        values, kinds = simple_values(projector), tail.kinds(projector)
+        seen = values, type(projector), kinds, cls.mode(module)
         return Found(f"{cls.pool}, in front of the last layer of {cls.projector}", cls, seen, owned)
 
     @classmethod
@@ -109,7 +118,7 @@ class PooledByModel(Kind):
     @classmethod
     def _pool_problem(cls, model: nn.Module) -> str | None:
         """How the pooling method differs from ours, on tokens of 3 channels."""
-        stock = getattr(type(model), cls.pool)
+        stock, tried = getattr(type(model), cls.pool), stand_in(model, model._modules)
         for name in (cls.pool, *cls.entries):
             if name in model.__dict__:
                 return f"{name} is replaced on the instance"
@@ -119,14 +128,14 @@ class PooledByModel(Kind):
                 if stencil is None:
                     return f"{cls.pool} pools by {cls.mode(model)!r}, which is not known here"
                 problem = disagreement(
-                    lambda x, *a: stock(model, x, *a),
+                    lambda x, *a: stock(tried, x, *a),
                     lambda x, *_, s=stencil: functional.pool(x, s, backend="eager"),
                     random_tokens(2, tokens, 3),
                     *arguments,
                 )
                 if problem:
                     return f"{cls.pool} is not the one known here: {problem}"
-        except (AttributeError, TypeError, ValueError) as error:
+        except Exception as error:  # a tower that is not loaded, for one
             return f"{cls.pool} is not the one known here: {type(error).__name__}: {error}"
         return None
 
@@ -150,15 +159,6 @@ class PooledByModel(Kind):
     @classmethod
     def owned(cls, module: nn.Module) -> tuple[nn.Module, ...]:
         return (cls.module(module),)
-
-    @classmethod
-    def plan(cls, module: nn.Module) -> Plan:
-        last = cls.last(module)
-        if isinstance(last, str):
-            return Plan("eager", "stock", last)
-        like = last.linear.weight
-        backend = choose(state(module).backend, like.device, like.dtype).backend
-        return Plan(backend, "fused", f"{cls.pool} pools before the last layer of {cls.projector}")
 
 
 class Llava(PooledByModel):

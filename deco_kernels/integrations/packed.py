@@ -7,8 +7,6 @@ import torch
 from torch import nn
 
 from .. import functional
-from ..backends import choose
-from ..projector import Plan
 from ..stencil import Stencil
 from .swap import (
     Found,
@@ -58,12 +56,7 @@ class OfTower(Kind):
     """A vision tower that ends with that downsampling."""
 
     does = "downsampling of images of all sizes at once"
-
-    @classmethod
-    def plan(cls, module: nn.Module) -> Plan:
-        like = next(module.parameters(), torch.empty(0))
-        backend = choose(state(module).backend, like.device, like.dtype).backend
-        return Plan(backend, "fused", "downsampling of all images is one pooling")
+    how = "downsampling of all images is one pooling"
 
 
 class Unshuffle(OfTower):
@@ -76,10 +69,9 @@ class Unshuffle(OfTower):
             return None
         if "pixel_unshuffle" in module.__dict__:
             return Found("its pixel_unshuffle is replaced on the instance")
-        ours = as_fused(stand_in(module, module._modules), cls, None)
-        problem = disagreement(
-            lambda *trial: method(module, *trial), ours.pixel_unshuffle, *_trial()
-        )
+        stock = stand_in(module, module._modules)
+        ours = as_fused(stock, cls, None)
+        problem = disagreement(stock.pixel_unshuffle, ours.pixel_unshuffle, *_trial())
         if problem:
             return Found(f"its pixel_unshuffle is not the one known here: {problem}")
         return Found(cls.does, cls)

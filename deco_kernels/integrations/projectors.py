@@ -2,47 +2,66 @@
 
 import math
 from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import torch
 from torch import nn
 
-from ..backends import choose
+from ..functional import autocast_dtype
 from ..plain import difference, plain
-from ..projector import FusedAvgPoolProjector, Plan
+from ..projector import FusedAvgPoolProjector, changed_sampler, project, unreadable
 from ..stencil import Stencil
 from . import tail
 from .swap import (
     Found,
     Kind,
     as_fused,
+    changed,
     disagreement,
     parameter_names,
     random_tokens,
+    simple_values,
     stand_in,
     state,
 )
 
 
-class LikeDeco(FusedAvgPoolProjector):
-    """The methods of FusedAvgPoolProjector, for an object that was made as something else."""
+class PooledProjector(Kind):
+    """A projector that pools: nothing more is to be said of its layers."""
 
-    @property
-    def backend(self) -> str:
-        return state(self).backend
-
-    @property
-    def _side(self) -> int:
-        return state(self).seen[0]
-
-    @property
-    def mm_hidden_size(self) -> int:
-        return state(self).seen[1]
+    @classmethod
+    def owned(cls, module: nn.Module) -> tuple[nn.Module, ...]:
+        return tuple(module.modules())
 
 
-class PooledBefore(Kind):
-    """Average pooling, then an MLP: DeCo's own projector. Acts as FusedAvgPoolProjector."""
+class OfTokens(PooledProjector):
+    """A projector that is called with nothing but tokens [B, h * h, K]."""
 
-    bases = (LikeDeco,)
+    @classmethod
+    def methods(cls, original: type[nn.Module]) -> dict[str, Callable]:
+        name = next(iter(parameter_names(original.forward)), None)
+
+        def forward(self, *args, **kwargs):
+            x = kwargs.get(name) if not args else args[0]
+            parts = cls.parts(self)
+            if len(args) + len(kwargs) == 1 and not isinstance(parts, str):
+                y = cls.fused(self, parts, x)
+                if y is not None:
+                    return y
+            return original.forward(self, *args, **kwargs)
+
+        return {"forward": forward}
+
+    @classmethod
+    def fused(cls, module: nn.Module, parts: Any, x: object) -> torch.Tensor | None:
+        """The output; None where the original class has to say what is wrong with ``x``."""
+        raise NotImplementedError
+
+
+class PooledBefore(OfTokens):
+    """Average pooling, then an MLP: DeCo's own projector, computed as FusedAvgPoolProjector."""
+
+    how = "pools before the first layer"
 
     @classmethod
     def find(cls, module: nn.Module) -> Found | None:
@@ -61,24 +80,35 @@ class PooledBefore(Kind):
             return Found(problem)
         side, mlp = like._side, nn.Sequential(*tail.tiny(module.mlp_projector).values())
         stock = stand_in(module, {"sampler": module.sampler, "mlp_projector": mlp})
-        problem = _differs(stock, cls, (side, 3), [(random_tokens(2, (side + 1) ** 2, 3),)])
-        if problem:
-            return Found(problem)
-        return Found(f"average pooling to {side}x{side}, MLP", cls, (side, like.mm_hidden_size))
+        seen = simple_values(module), side
+        problem = _differs(stock, cls, seen, [(random_tokens(2, (side + 1) ** 2, 3),)])
+        what = f"average pooling to {side}x{side}, MLP"
+        return Found(problem) if problem else Found(what, cls, seen)
 
     @classmethod
-    def plan(cls, module: nn.Module) -> Plan:
-        return module.explain()
+    def parts(cls, module: nn.Module) -> tuple[nn.Sequential, int] | str:
+        """The MLP, and the side of the square that is pooled to."""
+        values, side = state(module).seen
+        mlp = module.mlp_projector
+        problem = changed(module, values) or changed_sampler(module.sampler, side)
+        return problem or unreadable(mlp) or (mlp, side)
 
     @classmethod
-    def owned(cls, module: nn.Module) -> tuple[nn.Module, ...]:
-        return tuple(module.modules())
+    def fused(
+        cls, module: nn.Module, parts: tuple[nn.Sequential, int], x: object
+    ) -> torch.Tensor | None:
+        mlp, side = parts
+        grid = _square(x, mlp[0])
+        if grid is None:
+            return None
+        return project(x, mlp, Stencil.adaptive(grid, (side, side)), state(module).backend)
 
 
-class PooledAfter(Kind):
+class PooledAfter(PooledProjector):
     """An MLP of two layers, then average pooling: pools in front of the second layer."""
 
     does: str
+    how = "pools before linear_2"
 
     @classmethod
     def find(cls, module: nn.Module) -> Found | None:
@@ -96,31 +126,21 @@ class PooledAfter(Kind):
         kind = next((kind for kind in (ByRatio, OfFrames) if kind.fits(module)), None)
         if kind is None:
             return Found(f"the pooling {type(module.pooling).__name__} is not known here")
-        seen = tail.kinds(module), type(module.pooling)
-        stock = stand_in(module, {**tail.tiny(module), "pooling": module.pooling})
+        values = simple_values(module), simple_values(module.pooling)
+        seen = *values, tail.kinds(module), type(module.pooling)
+        pooling = stand_in(module.pooling, {})
+        stock = stand_in(module, {**tail.tiny(module), "pooling": pooling})
         problem = _differs(stock, kind, seen, kind.trials(module))
         return Found(problem) if problem else Found(f"{kind.does}, before linear_2", kind, seen)
 
     @classmethod
-    def plan(cls, module: nn.Module) -> Plan:
-        last = cls.last(module)
-        if isinstance(last, str):
-            return Plan("eager", "stock", last)
-        like = last.linear.weight
-        backend = choose(state(module).backend, like.device, like.dtype).backend
-        return Plan(backend, "fused", "pools before linear_2")
-
-    @classmethod
-    def owned(cls, module: nn.Module) -> tuple[nn.Module, ...]:
-        return tuple(module.modules())
-
-    @staticmethod
-    def last(module: nn.Module) -> tail.Tail | str:
-        """The tail of the MLP, or why its weights must not be read."""
-        kinds, pooling = state(module).seen
+    def parts(cls, module: nn.Module) -> tail.Tail | str:
+        """The tail of the MLP."""
+        values, values_of_pooling, kinds, pooling = state(module).seen
         if not plain(module.pooling, pooling):
             return f"pooling {difference(module.pooling, pooling)}"
-        return tail.read(module, kinds)
+        problem = changed(module, values) or changed(module.pooling, values_of_pooling)
+        return problem or tail.read(module, kinds)
 
     @staticmethod
     def fits(module: nn.Module) -> bool:
@@ -133,7 +153,7 @@ class PooledAfter(Kind):
         raise NotImplementedError
 
 
-class ByRatio(PooledAfter):
+class ByRatio(PooledAfter, OfTokens):
     """As Perception-LM: a square grid, each side divided by ``pooling.pooling_ratio``."""
 
     does = "adaptive average pooling by a ratio"
@@ -148,28 +168,12 @@ class ByRatio(PooledAfter):
             yield (random_tokens(2, side * side, 3),)
 
     @classmethod
-    def methods(cls, original: type[nn.Module]) -> dict[str, Callable]:
-        def forward(self, *args, **kwargs):
-            last, given = cls.last(self), (*args, *kwargs.values())
-            stencil = None
-            if len(given) == 1 and not isinstance(last, str):
-                stencil = cls.stencil(given[0], self.pooling.pooling_ratio)
-            if stencil is None:
-                return original.forward(self, *args, **kwargs)
-            return last.pooled(last.hidden(given[0]), stencil, state(self).backend)
-
-        return {"forward": forward}
-
-    @staticmethod
-    def stencil(x: torch.Tensor, ratio: int) -> Stencil | None:
-        """For tokens [B, h * h, K]; None where the original class has to say what is wrong."""
-        if not isinstance(x, torch.Tensor) or x.dim() != 3:
+    def fused(cls, module: nn.Module, parts: tail.Tail, x: object) -> torch.Tensor | None:
+        grid, ratio = _square(x, parts.before[0]), module.pooling.pooling_ratio
+        if grid is None or not 0 < ratio <= grid[0]:
             return None
-        tokens = len(range(x.shape[1]))  # torch.compile: tokens are constant
-        side = math.isqrt(tokens)
-        if side * side != tokens or not 0 < ratio <= side:
-            return None
-        return Stencil.adaptive((side, side), (side // ratio, side // ratio))
+        stencil = Stencil.adaptive(grid, (grid[0] // ratio, grid[1] // ratio))
+        return parts.pooled(parts.hidden(x), stencil, state(module).backend)
 
 
 class OfFrames(PooledAfter):
@@ -197,7 +201,7 @@ class OfFrames(PooledAfter):
     @classmethod
     def methods(cls, original: type[nn.Module]) -> dict[str, Callable]:
         def forward(self, image_features, media_type, batch_size=None, num_videos=None):
-            last = cls.last(self)
+            last = cls.parts(self)
             layout = None
             if not isinstance(last, str):
                 layout = cls.layout(self, image_features, media_type, batch_size, num_videos)
@@ -240,6 +244,21 @@ class OfFrames(PooledAfter):
         size = (size,) * 3 if isinstance(size, int) else size
         target = tuple(n if s is None else s for n, s in zip(grid, size, strict=True))
         return total, videos, Stencil.adaptive(grid, target)
+
+
+def _square(x: object, first: nn.Linear) -> tuple[int, int] | None:
+    """The grid of tokens x [B, h * h, K] as the layer ``first`` takes them; None if x is not that.
+
+    A layer's own dtype or autocast: the original code may cast whatever else comes.
+    """
+    weight = first._parameters["weight"]
+    if not isinstance(x, torch.Tensor) or x.dim() != 3 or x.shape[2] != weight.shape[1]:
+        return None
+    if x.device != weight.device or (x.dtype != weight.dtype and autocast_dtype(x) is None):
+        return None
+    tokens = len(range(x.shape[1]))  # torch.compile: tokens are constant
+    side = math.isqrt(tokens)
+    return (side, side) if side and side * side == tokens else None
 
 
 def _more_than(module: nn.Module, children: set[str]) -> str | None:

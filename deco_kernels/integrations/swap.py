@@ -1,5 +1,6 @@
 """How does a module become another one in place? It gets a subclass of its own class, and back."""
 
+import copy
 import copyreg
 import inspect
 from collections import OrderedDict
@@ -10,9 +11,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from ..backends import choose
 from ..projector import Plan
 
 ATTRIBUTE = "_deco_kernels"  # of a fused module: its State
+_SIMPLE = (int, float, bool, str, type(None))
+_OF_EVERY_MODULE = frozenset(nn.Module().__dict__)
 
 
 class State(NamedTuple):
@@ -34,17 +38,13 @@ class Found(NamedTuple):
     owned: tuple[nn.Module, ...] = ()
 
 
-class FinalClass(Exception):
-    """There can be no subclass of a class."""
-
-
 class Kind:
     """How modules of one kind are known and fused. Not itself in their classes.
 
     For code asks modules for names such as ``module``: they get no method that they did not have.
     """
 
-    bases: tuple[type, ...] = ()
+    how: str  # it computes, in words
 
     @classmethod
     def find(cls, module: nn.Module) -> Found | None:
@@ -54,12 +54,23 @@ class Kind:
     @classmethod
     def methods(cls, original: type[nn.Module]) -> dict[str, Callable]:
         """The fused methods, which fall back on those of the original class."""
-        return {}
+        raise NotImplementedError
+
+    @classmethod
+    def parts(cls, module: nn.Module) -> Any:
+        """What the fused methods compute with, or a str: why they must not."""
+        return None
 
     @classmethod
     def plan(cls, module: nn.Module) -> Plan:
         """Which way the next call of a fused module takes."""
-        raise NotImplementedError
+        parts = cls.parts(module)
+        if isinstance(parts, str):
+            return Plan("eager", "stock", parts)
+        parameters = (p for m in (*cls.owned(module), module) for p in m.parameters())
+        like = next(parameters, torch.empty(0))
+        backend = choose(state(module).backend, like.device, like.dtype).backend
+        return Plan(backend, "fused", cls.how)
 
     @classmethod
     def owned(cls, module: nn.Module) -> tuple[nn.Module, ...]:
@@ -93,24 +104,17 @@ def _again(kind: type[Kind], original: type[nn.Module], *arguments: object) -> n
 
 @cache
 def fused_class(kind: type[Kind], original: type[nn.Module]) -> type[nn.Module]:
-    """The one subclass of ``original`` with the methods of ``kind``.
-
-    Raises:
-        FinalClass: there can be none.
-    """
+    """The one subclass of ``original`` with the methods of ``kind``."""
     body = {"deco_kind": kind, "deco_original": original, "__doc__": original.__doc__}
     for name, method in kind.methods(original).items():
         body[name] = wraps(getattr(original, name))(method)
-    try:
-        return subclass(original, (Swapped, *kind.bases), body)
-    except TypeError as error:  # a metaclass or a layout that forbids it
-        raise FinalClass(f"its class cannot be extended: {error}") from error
+    return subclass(original, Swapped, body)
 
 
-def subclass(original: type, mixins: tuple[type, ...], body: dict[str, Any]) -> type:
+def subclass(original: type, mixin: type, body: dict[str, Any]) -> type:
     """A subclass under the original's name: configurations and wrapping policies write it down."""
     names = {"__module__": original.__module__, "__qualname__": original.__qualname__}
-    return type(original)(original.__name__, (*mixins, original), names | body)
+    return type(original)(original.__name__, (mixin, original), names | body)
 
 
 def kind_of(module: nn.Module) -> type[Kind] | None:
@@ -142,8 +146,11 @@ def stand_in(module: nn.Module, children: dict[str, nn.Module]) -> nn.Module:
     """An object of ``module``'s class with other children and no hooks, to be tried out."""
     made = object.__new__(type(module))
     for key, value in module.__dict__.items():
-        made.__dict__[key] = OrderedDict() if "_hooks" in key and isinstance(value, dict) else value
-    made.__dict__["_modules"] = dict(children)
+        if type(value) in (dict, list, set, OrderedDict):  # a trial may store something
+            value = type(value)() if "_hooks" in key else copy.copy(value)
+        made.__dict__[key] = value
+    buffers = {k: None if b is None else b.clone() for k, b in module._buffers.items()}
+    made.__dict__.update(_modules=dict(children), _buffers=buffers)
     return made
 
 
@@ -160,13 +167,34 @@ def disagreement(
     """How two functions differ on the same arguments, float64 on the CPU; None if they agree."""
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         try:
-            want = stock(*arguments)
+            want, got = stock(*arguments), ours(*arguments)
         except Exception as error:
             return f"it raised {type(error).__name__}: {error}"
-        got = ours(*arguments)
     if not isinstance(want, torch.Tensor) or want.shape != got.shape:
         return "it returned another shape"
+    if want.dtype != got.dtype:
+        return f"it returned {want.dtype} for {got.dtype}"
     return None if torch.allclose(got, want, rtol=1e-9, atol=1e-9) else "it computes something else"
+
+
+def simple_values(module: nn.Module) -> dict[str, Any]:
+    """The numbers, strings and so on that a module's own code may read from it."""
+    classes = reversed(type(module).__mro__)
+    found = {k: v for c in classes if not issubclass(nn.Module, c) for k, v in vars(c).items()}
+    return {
+        name: value
+        for name, value in (found | module.__dict__).items()
+        if type(value) in _SIMPLE and name not in _OF_EVERY_MODULE and name[:2] != "__"
+    }
+
+
+def changed(module: nn.Module, values: dict[str, Any]) -> str | None:
+    """Which of its :func:`simple_values` is another one now; None if none is."""
+    for name, value in values.items():
+        now = getattr(module, name, None)
+        if type(now) is not type(value) or now != value:
+            return f"{name} is {now!r} now"
+    return None
 
 
 def parameter_names(method: object) -> list[str] | None:
