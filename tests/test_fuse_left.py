@@ -61,6 +61,26 @@ class Dropping(PerceptionProjector):
         return super().forward(nn.functional.dropout(features, 0.5, self.training))
 
 
+class Clamping(PerceptionProjector):
+    def forward(self, features):
+        return super().forward(features).clamp(-30, 30)
+
+
+class Cleaning(PerceptionProjector):
+    def forward(self, features):
+        return torch.nan_to_num(super().forward(features))
+
+
+class OtherWhereLong(PerceptionProjector):
+    def forward(self, features):
+        return super().forward(features) * (2 if features.shape[1] > 100 else 1)
+
+
+class CleaningPool(LlavaLike):
+    def get_2dPool(self, image_feature, stride=2):
+        return super().get_2dPool(image_feature.nan_to_num(), stride)
+
+
 class OtherPool(LlavaLike):
     def get_2dPool(self, image_feature, stride=2):
         return 2 * super().get_2dPool(image_feature, stride)
@@ -118,6 +138,10 @@ LEFT = {
     ),
     "residual": (Residual, "its forward is not the one known here: it computes something else"),
     "dropout": (Dropping, "its forward is not the one known here: it computes something else"),
+    "clamping": (Clamping, "its forward is not the one known here: it computes something else"),
+    "cleaning": (Cleaning, "its forward is not the one known here: it computes something else"),
+    "long": (OtherWhereLong, "its forward is not the one known here: it computes something else"),
+    "cleaning pool": (CleaningPool, "get_2dPool is not the one known here: it computes something"),
     "another layer": (
         lambda: with_layer(PerceptionProjector(), "extra"),
         "it has more layers than expected: extra",

@@ -81,7 +81,8 @@ class PooledBefore(OfTokens):
         side, mlp = like._side, nn.Sequential(*tail.tiny(module.mlp_projector).values())
         stock = stand_in(module, {"sampler": module.sampler, "mlp_projector": mlp})
         seen = simple_values(module), side
-        problem = _differs(stock, cls, seen, [(random_tokens(2, (side + 1) ** 2, 3),)])
+        trials = ((random_tokens(2, n * n, 3),) for n in (side + 1, side + 12))
+        problem = _differs(stock, cls, seen, trials)
         what = f"average pooling to {side}x{side}, MLP"
         return Found(problem) if problem else Found(what, cls, seen)
 
@@ -164,7 +165,8 @@ class ByRatio(PooledAfter, OfTokens):
 
     @staticmethod
     def trials(module: nn.Module) -> Iterator[tuple]:
-        for side in (2 * module.pooling.pooling_ratio, 3 * module.pooling.pooling_ratio + 1):
+        ratio = module.pooling.pooling_ratio
+        for side in (2 * ratio, 3 * ratio + 1, 12 * ratio):
             yield (random_tokens(2, side * side, 3),)
 
     @classmethod

@@ -162,9 +162,24 @@ def as_fused(stood: nn.Module, kind: type[Kind], seen: Any) -> nn.Module:
 
 
 def disagreement(
+    stock: Callable[..., object],
+    ours: Callable[..., object],
+    tokens: torch.Tensor,
+    *arguments: object,
+) -> str | None:
+    """How two functions differ on the same tokens, float64 on the CPU; None if they agree.
+
+    Also on huge tokens and on a NaN, which show whether the stock one clamps or cleans.
+    """
+    broken = tokens.clone()
+    broken[(0,) * (tokens.dim() - 1)] = torch.nan
+    problems = (_disagreement(stock, ours, x, *arguments) for x in (tokens, 1e6 * tokens, broken))
+    return next(filter(None, problems), None)
+
+
+def _disagreement(
     stock: Callable[..., object], ours: Callable[..., object], *arguments: object
 ) -> str | None:
-    """How two functions differ on the same arguments, float64 on the CPU; None if they agree."""
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         try:
             want, got = stock(*arguments), ours(*arguments)
@@ -174,7 +189,8 @@ def disagreement(
         return "it returned another shape"
     if want.dtype != got.dtype:
         return f"it returned {want.dtype} for {got.dtype}"
-    return None if torch.allclose(got, want, rtol=1e-9, atol=1e-9) else "it computes something else"
+    same = torch.allclose(got, want, rtol=1e-9, atol=1e-9, equal_nan=True)
+    return None if same else "it computes something else"
 
 
 def simple_values(module: nn.Module) -> dict[str, Any]:
