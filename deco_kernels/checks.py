@@ -33,8 +33,8 @@ def check_grid(name: str, grid: Sequence[int]) -> tuple[int, int]:
 def square_side(name: str, count: int, hint: str = "") -> int:
     """The side of a square grid of ``count`` tokens."""
     side = math.isqrt(count)
-    if side * side != count:
-        raise ValueError(f"{name} must be a square number, got {count}{hint}")
+    if side < 1 or side * side != count:
+        raise ValueError(f"{name} must be a positive square number, got {count}{hint}")
     return side
 
 

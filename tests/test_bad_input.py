@@ -166,7 +166,7 @@ def test_backends(no_launch, call, error, message):
 @pytest.mark.parametrize(
     ("sizes", "error", "message"),
     [
-        ({"query_num": 150}, ValueError, "query_num must be a square number, got 150"),
+        ({"query_num": 150}, ValueError, "query_num must be a positive square number, got 150"),
         ({"query_num": 0}, ValueError, "query_num must be at least 1, got 0"),
         ({"query_num": 9.0}, TypeError, "query_num must be an int, got float 9.0"),
         ({"layer_num": 0}, ValueError, "layer_num must be at least 1"),
@@ -187,8 +187,9 @@ def test_projector_sizes(sizes, error, message):
             torch.randn(1, 15, 8),
             None,
             ValueError,
-            "token count must be a square number, got 15; pass",
+            "token count must be a positive square number, got 15; pass",
         ),
+        (torch.randn(1, 0, 8), None, ValueError, "must be a positive square number, got 0"),
         (torch.randn(1, 15, 8), (4, 4), ValueError, "grid 4x4 does not hold the 15 tokens of x"),
         (torch.randn(1, 15, 8), (3, 0), ValueError, r"grid\[1\] must be at least 1"),
         (torch.randn(1, 16, 7), None, ValueError, "mm_hidden_size = 8 channels, got 7"),

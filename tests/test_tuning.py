@@ -341,7 +341,7 @@ def test_a_dry_run_prints_the_plan_and_touches_nothing(capsys, monkeypatch, tmp_
     ("options", "error", "message"),
     [
         ({"batch": (0,)}, ValueError, "batch must be at least 1, got 0"),
-        ({"query_num": 5}, ValueError, "query_num must be a square number, got 5"),
+        ({"query_num": 5}, ValueError, "query_num must be a positive square number, got 5"),
         ({"dtype": "float64"}, ValueError, "dtype must be one of bfloat16, float16, tf32"),
         ({"device": "cpu"}, RuntimeError, "tune needs a CUDA device, got cpu"),
         ({"device": "cuda:9"}, RuntimeError, "tune needs a CUDA device, got cuda:9, there are"),
