@@ -7,81 +7,287 @@ last pre-activation, and the pooling method takes that. Whatever else touches it
 projector's output, as ever. So nothing of a model is known or copied but its pooling.
 """
 
-from collections.abc import Callable
+import inspect
+import re
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache, wraps
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import nn
+from torch.autograd.function import once_differentiable
+from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
+from .. import functional
 from ..stencil import Stencil
 from .swap import subclass
 from .tail import Tail
 
 
-class Unfinished:
-    """A projector's output that is not computed before somebody wants more than to pool it."""
+class Modes(NamedTuple):
+    """Those in which a projector was called, to compute in later."""
 
-    __slots__ = ("_backend", "_tail", "_y", "_z")
+    grad: bool
+    inference: bool
+    autocast: torch.dtype | None = None  # of the linear layer
 
-    def __init__(self, last: Tail, z: torch.Tensor, backend: str) -> None:
-        self._tail, self._z, self._backend, self._y = last, z, backend, None
+    @contextmanager
+    def on(self, device: torch.device) -> Iterator[None]:
+        autocast = nullcontext()
+        if torch.amp.is_autocast_available(device.type):
+            enabled = self.autocast is not None
+            # Weights cast without a graph must not be kept for a call with one.
+            autocast = torch.autocast(device.type, self.autocast, enabled, cache_enabled=False)
+        # inference_mode(False) has autograd record in __torch_dispatch__ too.
+        with torch.inference_mode(self.inference), torch.set_grad_enabled(self.grad), autocast:
+            yield
 
-    __class__ = property(lambda self: torch.Tensor)  # for isinstance
+    def here(self) -> "Modes":
+        """Without gradients where there are none now."""
+        return self._replace(grad=self.grad and torch.is_grad_enabled())
 
-    @property
-    def shape(self) -> torch.Size:
-        return torch.Size((*self._z.shape[:-1], self._tail.linear.out_features))
+
+class Unfinished(torch.Tensor):
+    """A projector's output [B, n, N], not computed before somebody wants more than to pool it.
+
+    Shape, dtype, device and history are there from the beginning: C++ may take it for the tensor
+    that it is. Python's functions get ``tensor()``, and so do operators that C++ calls.
+    """
+
+    __slots__ = ("_aliases", "_backend", "_modes", "_node", "_seen", "_tail", "_y", "_z")
+
+    @staticmethod
+    def of(last: Tail, z: torch.Tensor, backend: str, modes: Modes) -> "Unfinished":
+        parameters = last.linear._parameters
+        with modes.on(z.device):
+            made = _Output.apply(last, modes, z, parameters["weight"], parameters["bias"])
+        made._tail, made._z, made._backend, made._modes = last, z, backend, modes
+        made._y, made._seen, made._node = None, _state(z), made._history()
+        made._aliases = []
+        return made
+
+    def _history(self) -> Any:
+        with torch._C.DisableTorchFunctionSubclass():
+            return self.grad_fn
+
+    def lazy(self) -> bool:
+        """Whether pooling may still go in front of the last layer."""
+        return self._y is None and self._history() is self._node
 
     def tensor(self) -> torch.Tensor:
+        """The output, computed once."""
+        self._follow()
         if self._y is None:
-            self._y = self._tail.whole(self._z)
+            with self._modes.on(self._z.device), _no_checkpoint():
+                self._y = self._tail.whole(self._z)
+            self._seen = _state(self._y)
+        if self._history() is not self._node:  # a Function returned it: as checkpoint does
+            with Modes(True, False).on(self._y.device):
+                self._y = _Data.apply(self)
+            self._seen, self._node = _state(self._y), self._history()
+        self._y.__dict__.update(self.__dict__)
         return self._y
 
     def pooled(self, stencil: Stencil) -> torch.Tensor | None:
         """Pooled in front of the last layer; None if the output is already there."""
-        return self._tail.pooled(self._z, stencil, self._backend) if self._y is None else None
+        if not self.lazy():
+            return None
+        self._follow()
+        modes = self._modes.here()._replace(inference=torch.is_inference_mode_enabled())
+        with modes.on(self._z.device):
+            return self._tail.pooled(self._z, stencil, self._backend)
 
-    def split(self, sizes: int | list[int], dim: int = 0) -> tuple:
-        if dim != 0 or self._y is not None:
-            return self.tensor().split(sizes, dim)
-        return tuple(Unfinished(self._tail, z, self._backend) for z in self._z.split(sizes))
+    def _parts(self, cut: Callable[[torch.Tensor], Any]) -> Any:
+        """What cuts the output along its first axis, done to the pre-activation."""
+        self._follow()
+        modes = self._modes.here()
+        with modes.on(self._z.device):
+            cuts = cut(self._z)
+        parts = tree_map(lambda z: Unfinished.of(self._tail, z, self._backend, modes), cuts)
+        family = [self, *self._others()]
+        for part in tree_leaves(parts):
+            part._aliases += map(weakref.ref, family)
+            for member in family:
+                member._aliases.append(weakref.ref(part))
+        return parts
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.tensor(), name)
+    def _others(self) -> "list[Unfinished]":
+        """Those that would share its memory had they been computed first and cut then."""
+        return [other for alias in self._aliases if (other := alias()) is not None]
+
+    def _check_alone(self) -> None:
+        if self._others():
+            raise RuntimeError(
+                "a part of a projector's output, or one that has parts, was to be changed in "
+                "place, and the parts are computed one by one: clone() it before"
+            )
+
+    def _follow(self) -> None:
+        """Take over what happened to the tensors behind it.
+
+        Raises:
+            RuntimeError: one was changed in place, of which there are other copies.
+        """
+        for other in self._others():
+            if other._y is not None and other._seen != _state(other._y):
+                other._check_alone()
+        if self._y is None:
+            if self._seen != _state(self._z):
+                raise RuntimeError(
+                    "the projector's input was changed in place before its output was computed: "
+                    "clone() it before"
+                )
+        elif self._seen != _state(self._y):
+            self._check_alone()
+            self._seen = _state(self._y)
+            with Modes(True, False).on(self._y.device), torch._C.DisableTorchFunctionSubclass():
+                _Follow.apply(self, self._y)
+            self._node = self._history()
 
     @classmethod
     def __torch_function__(cls, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if function is torch.split and type(args[0]) is Unfinished:
-            return args[0].split(*args[1:], **kwargs)
-        return function(*map(finished, args), **{k: finished(v) for k, v in kwargs.items()})
+        first = args[0] if args else None
+        if type(first) is Unfinished and first.lazy():
+            if function in _KNOWN:
+                with torch._C.DisableTorchFunctionSubclass():
+                    return function(*args, **kwargs)
+            if _cuts_first_axis(function, *args[1:], **kwargs):
+                return first._parts(lambda z: function(z, *args[1:], **kwargs))
+        written = [kwargs.get("out")]
+        if _IN_PLACE.fullmatch(getattr(function, "__name__", "")):
+            written.append(args[:1])
+        for unfinished in _unfinished(written):
+            unfinished._check_alone()
+        result = function(*finished(args), **finished(kwargs))
+        for unfinished in _unfinished((args, kwargs)):
+            unfinished._follow()
+            if result is unfinished._y:
+                return unfinished
+        return result
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        tensors, mutable = {}, function._schema.is_mutable
+
+        def data(unfinished):
+            if mutable:
+                unfinished._check_alone()
+            y = unfinished.tensor().detach()
+            tensors[id(y)] = y, unfinished
+            return y
+
+        args, kwargs = tree_map_only(cls, data, (args, kwargs or {}))
+        result = function(*args, **kwargs)
+        return tree_map_only(
+            torch.Tensor, lambda y: tensors[id(y)][1] if id(y) in tensors else y, result
+        )
 
 
-def _operator(name: str) -> Callable:
-    def operator(self, *args):
-        return getattr(self.tensor(), name)(*map(finished, args))
+# What is known of an output that is not computed.
+_KNOWN = {
+    getattr(torch.Tensor, name).__get__
+    for name in "shape dtype device ndim layout requires_grad is_leaf is_cuda is_cpu".split()
+} | {
+    getattr(torch.Tensor, name)
+    for name in """
+        __len__ dim ndimension size numel nelement element_size get_device is_floating_point
+        is_complex is_inference
+    """.split()
+}
+_KNOWN |= {torch.numel, torch.is_floating_point, torch.is_complex, torch.is_inference}
+_IN_PLACE = re.compile(
+    r"(?!__)\w+(?<!_)_|__(set|setitem|i(add|sub|mul|truediv|floordiv|mod|pow|and|or|xor|.shift))__"
+)
 
-    return operator
+
+def _cuts_first_axis(function: Callable, sizes: Any = None, dim: int = 0, **kwargs: Any) -> bool:
+    if function is torch.Tensor.__getitem__:
+        return type(sizes) is slice
+    cuts = torch.split, torch.Tensor.split, torch.chunk, torch.Tensor.chunk
+    return function in cuts and dim in (0, -3)
 
 
-_OPERATORS = """
-    getitem setitem len iter contains bool int float neg invert
-    add sub mul truediv floordiv mod pow matmul and or eq ne lt le gt ge
-    radd rsub rmul rtruediv rpow rmatmul iadd isub imul itruediv
-"""
-for _name in _OPERATORS.split():
-    setattr(Unfinished, f"__{_name}__", _operator(f"__{_name}__"))
-Unfinished.__hash__ = object.__hash__
+def _state(tensor: torch.Tensor) -> tuple[int, bool] | None:
+    """What changes when a tensor is changed in place; None where nothing tells."""
+    return None if tensor.is_inference() else (tensor._version, tensor.requires_grad)
+
+
+def _unfinished(value: Any) -> list[Unfinished]:
+    return [leaf for leaf in tree_leaves(value) if type(leaf) is Unfinished]
 
 
 def finished(value: Any) -> Any:
-    """``value`` with tensors for what is unfinished in it, in lists and tuples too."""
-    if type(value) is Unfinished:
-        return value.tensor()
-    if type(value) in (list, tuple):
-        return type(value)(map(finished, value))
-    return value
+    """``value`` with tensors for what is unfinished in it, in lists, dicts and their like too."""
+    return tree_map(
+        lambda leaf: leaf.tensor() if type(leaf) is Unfinished else leaf,
+        value,
+        is_leaf=lambda tree: not _unfinished(tree),  # stays the same object
+    )
+
+
+def _no_checkpoint() -> AbstractContextManager:
+    """A checkpoint must not count what is saved here: it does not come here again."""
+    if torch._C._autograd._top_saved_tensors_default_hooks(True) is None:
+        return nullcontext()
+    return torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t)
+
+
+class _Output(torch.autograd.Function):
+    """Makes an unfinished output. Backward is for what passes by ``tensor()``, and recomputes."""
+
+    @staticmethod
+    def forward(ctx, last, modes, z, weight, bias):
+        ctx.save_for_backward(z, weight, bias)
+        ctx.act, ctx.modes = last.act, modes
+        return torch.Tensor._make_wrapper_subclass(
+            Unfinished,
+            (*z.shape[:-1], len(weight)),
+            dtype=modes.autocast or z.dtype,
+            device=z.device,
+        )
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        inputs = [
+            None if t is None else t.detach().requires_grad_(needed)
+            for t, needed in zip(ctx.saved_tensors, ctx.needs_input_grad[2:], strict=True)
+        ]
+        z, weight, bias = inputs
+        with ctx.modes.on(z.device):
+            y = F.linear(z if ctx.act is None else ctx.act(z), weight, bias)
+        needed = [t for t in inputs if t is not None and t.requires_grad]
+        found = iter(torch.autograd.grad(y, needed, dy))
+        return None, None, *(next(found) if n else None for n in ctx.needs_input_grad[2:])
+
+
+class _Data(torch.autograd.Function):
+    """The tensor of an unfinished output, with the output's own history."""
+
+    @staticmethod
+    def forward(ctx, unfinished):
+        return unfinished._y.data
+
+    @staticmethod
+    def backward(ctx, dy):
+        return dy
+
+
+class _Follow(torch.autograd.Function):
+    """Gives an unfinished output the history of its tensor."""
+
+    @staticmethod
+    def forward(ctx, unfinished, tensor):
+        ctx.mark_dirty(unfinished)
+        return unfinished
+
+    @staticmethod
+    def backward(ctx, dy):
+        return None, dy
 
 
 class Projector:
@@ -95,7 +301,13 @@ class Projector:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if len(args) != 1 or kwargs or not isinstance(args[0], torch.Tensor) or args[0].dim() != 3:
             return self._module(*args, **kwargs)
-        return Unfinished(self._tail, self._tail.hidden(args[0]), self._backend)
+        z = self._tail.hidden(finished(args[0]))
+        modes = Modes(
+            torch.is_grad_enabled(),
+            torch.is_inference_mode_enabled(),
+            functional.autocast_dtype(z),
+        )
+        return Unfinished.of(self._tail, z, self._backend, modes)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._module, name)
@@ -138,14 +350,18 @@ def _get_model(stock: Callable, kind: type) -> Callable:
 
 
 def _pool_method(stock: Callable, kind: type) -> Callable:
+    signature = inspect.signature(stock)
+    _, tokens, *_ = signature.parameters
+
     @wraps(stock)
-    def pool(self, features, *args, **kwargs):
+    def pool(self, *args, **kwargs):
+        given = signature.bind(self, *args, **kwargs)
+        features = given.arguments[tokens]
         if type(features) is Unfinished:
-            stencil = kind.stencil(self, stock, features.shape[1], *args, **kwargs)
+            stencil = kind.stencil(self, stock, features.shape[1], *given.args[2:], **given.kwargs)
             pooled = None if stencil is None else features.pooled(stencil)
             if pooled is not None:
                 return pooled
-            features = features.tensor()
-        return stock(self, features, *args, **kwargs)
+        return stock(*finished(given.args), **finished(given.kwargs))
 
     return pool
