@@ -148,6 +148,7 @@ class Unfinished(torch.Tensor):
             self._node = self._history()
 
     @classmethod
+    @torch.compiler.disable  # a compiled function gets the tensor too
     def __torch_function__(cls, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         first = args[0] if args else None
@@ -155,7 +156,7 @@ class Unfinished(torch.Tensor):
             if function in _KNOWN:
                 with torch._C.DisableTorchFunctionSubclass():
                     return function(*args, **kwargs)
-            if _cuts_first_axis(function, *args[1:], **kwargs):
+            if _cuts_first_axis(function, args, kwargs):
                 return first._parts(lambda z: function(z, *args[1:], **kwargs))
         written = [kwargs.get("out")]
         if _IN_PLACE.fullmatch(getattr(function, "__name__", "")):
@@ -204,11 +205,11 @@ _IN_PLACE = re.compile(
 )
 
 
-def _cuts_first_axis(function: Callable, sizes: Any = None, dim: int = 0, **kwargs: Any) -> bool:
+def _cuts_first_axis(function: Callable, args: tuple, kwargs: dict[str, Any]) -> bool:
     if function is torch.Tensor.__getitem__:
-        return type(sizes) is slice
+        return type(args[1]) is slice
     cuts = torch.split, torch.Tensor.split, torch.chunk, torch.Tensor.chunk
-    return function in cuts and dim in (0, -3)
+    return function in cuts and kwargs.get("dim", args[2] if len(args) > 2 else 0) in (0, -3)
 
 
 def _state(tensor: torch.Tensor) -> tuple[int, bool] | None:
@@ -302,6 +303,12 @@ class Projector:
         if len(args) != 1 or kwargs or not isinstance(args[0], torch.Tensor) or args[0].dim() != 3:
             return self._module(*args, **kwargs)
         z = self._tail.hidden(finished(args[0]))
+        if (
+            type(z) not in (torch.Tensor, nn.Parameter)
+            or getattr(self._tail.act, "inplace", False)
+            or torch._C._are_functorch_transforms_active()
+        ):
+            return self._tail.whole(z)
         modes = Modes(
             torch.is_grad_enabled(),
             torch.is_inference_mode_enabled(),
