@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import once_differentiable
+from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
 from .. import functional
@@ -78,16 +79,18 @@ class Unfinished(torch.Tensor):
         return self._y is None and self._history() is self._node
 
     def tensor(self) -> torch.Tensor:
-        """The output, computed once."""
-        self._follow()
+        """The output, computed once. What is done to one is seen in the other, in gradients too.
+
+        Raises:
+            RuntimeError: something was changed in place that it was to be computed from, or that
+                would share its memory.
+        """
+        self._check()
         if self._y is None:
             with self._modes.on(self._z.device), _no_checkpoint():
                 self._y = self._tail.whole(self._z)
-            self._seen = _state(self._y)
-        if self._history() is not self._node:  # a Function returned it: as checkpoint does
-            with Modes(True, False).on(self._y.device):
-                self._y = _Data.apply(self)
-            self._seen, self._node = _state(self._y), self._history()
+            self._seen = ()
+        self._follow()
         self._y.__dict__.update(self.__dict__)
         return self._y
 
@@ -95,14 +98,14 @@ class Unfinished(torch.Tensor):
         """Pooled in front of the last layer; None if the output is already there."""
         if not self.lazy():
             return None
-        self._follow()
+        self._check()
         modes = self._modes.here()._replace(inference=torch.is_inference_mode_enabled())
         with modes.on(self._z.device):
             return self._tail.pooled(self._z, stencil, self._backend)
 
     def _parts(self, cut: Callable[[torch.Tensor], Any]) -> Any:
         """What cuts the output along its first axis, done to the pre-activation."""
-        self._follow()
+        self._check()
         modes = self._modes.here()
         with modes.on(self._z.device):
             cuts = cut(self._z)
@@ -125,27 +128,29 @@ class Unfinished(torch.Tensor):
                 "place, and the parts are computed one by one: clone() it before"
             )
 
-    def _follow(self) -> None:
-        """Take over what happened to the tensors behind it.
-
-        Raises:
-            RuntimeError: one was changed in place, of which there are other copies.
-        """
+    def _check(self) -> None:
         for other in self._others():
             if other._y is not None and other._seen != _state(other._y):
                 other._check_alone()
-        if self._y is None:
-            if self._seen != _state(self._z):
-                raise RuntimeError(
-                    "the projector's input was changed in place before its output was computed: "
-                    "clone() it before"
-                )
-        elif self._seen != _state(self._y):
-            self._check_alone()
-            self._seen = _state(self._y)
-            with Modes(True, False).on(self._y.device), torch._C.DisableTorchFunctionSubclass():
-                _Follow.apply(self, self._y)
-            self._node = self._history()
+        if self._y is None and self._seen != _state(self._z):
+            raise RuntimeError(
+                "the projector's input was changed in place before its output was computed: "
+                "clone() it before"
+            )
+
+    def _follow(self) -> None:
+        with Modes(True, False).on(self._y.device), torch._C.DisableTorchFunctionSubclass():
+            if self.grad_fn is not self._node:  # a Function returned it: as checkpoint does
+                self._y = _Data.apply(self)
+            elif self._seen != _state(self._y):
+                first = self._seen == ()
+                if not first:
+                    self._check_alone()
+                if self._node is not None or self._y.requires_grad:
+                    # Computing it changes nothing for who has saved it for backward.
+                    with _unsafe_preserve_version_counter(self) if first else nullcontext():
+                        _Follow.apply(self, self._y)
+            self._seen, self._node = _state(self._y), self.grad_fn
 
     @classmethod
     @torch.compiler.disable  # a compiled function gets the tensor too
@@ -190,16 +195,26 @@ class Unfinished(torch.Tensor):
 
 # What is known of an output that is not computed.
 _KNOWN = {
-    getattr(torch.Tensor, name).__get__
-    for name in "shape dtype device ndim layout requires_grad is_leaf is_cuda is_cpu".split()
-} | {
-    getattr(torch.Tensor, name)
-    for name in """
-        __len__ dim ndimension size numel nelement element_size get_device is_floating_point
-        is_complex is_inference
-    """.split()
+    torch.Tensor.shape.__get__,
+    torch.Tensor.dtype.__get__,
+    torch.Tensor.device.__get__,
+    torch.Tensor.ndim.__get__,
+    torch.Tensor.layout.__get__,
+    torch.Tensor.requires_grad.__get__,
+    torch.Tensor.is_leaf.__get__,
+    torch.Tensor.is_cuda.__get__,
+    torch.Tensor.is_cpu.__get__,
+    torch.Tensor.__len__,
+    torch.Tensor.dim,
+    torch.Tensor.ndimension,
+    torch.Tensor.size,
+    torch.Tensor.numel,
+    torch.Tensor.nelement,
+    torch.Tensor.get_device,
+    torch.Tensor.is_floating_point,
+    torch.numel,
+    torch.is_floating_point,
 }
-_KNOWN |= {torch.numel, torch.is_floating_point, torch.is_complex, torch.is_inference}
 _IN_PLACE = re.compile(
     r"(?!__)\w+(?<!_)_|__(set|setitem|i(add|sub|mul|truediv|floordiv|mod|pow|and|or|xor|.shift))__"
 )
@@ -363,12 +378,12 @@ def _pool_method(stock: Callable, kind: type) -> Callable:
     @wraps(stock)
     def pool(self, *args, **kwargs):
         given = signature.bind(self, *args, **kwargs)
-        features = given.arguments[tokens]
+        features = given.arguments.get(tokens)
         if type(features) is Unfinished:
             stencil = kind.stencil(self, stock, features.shape[1], *given.args[2:], **given.kwargs)
             pooled = None if stencil is None else features.pooled(stencil)
             if pooled is not None:
                 return pooled
-        return stock(*finished(given.args), **finished(given.kwargs))
+        return stock(self, *args, **kwargs)
 
     return pool
