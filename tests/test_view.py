@@ -238,6 +238,11 @@ def without_gradients(projector, images):
         return projector(images)
 
 
+def required_later(projector, images):
+    f = without_gradients(projector, images)
+    return required(f)
+
+
 def in_parts_without_gradients(projector, images):
     f = projector(images)
     with torch.no_grad():
@@ -261,6 +266,7 @@ def looked_at(projector, images):
 
 CALLS = {
     "without gradients": without_gradients,
+    "required later": required_later,
     "in parts without gradients": in_parts_without_gradients,
     "checkpoint": lambda p, x: checkpoint(p.__call__, x, use_reentrant=False),
     "reentrant checkpoint": lambda p, x: checkpoint(p.__call__, x, use_reentrant=True),
@@ -283,39 +289,80 @@ def test_ways_to_call_the_projector(encode, mode, layers):
         assert_equal(*touching(projector, encode=encode))
 
 
+class Pooling(Touching):
+    """Pools all at once."""
+
+    def prepare_inputs_labels_for_multimodal(self, images, modalities=("image",)):
+        return self.get_2dPool(self.encode_images(torch.cat(list(images))))
+
+
+@pytest.mark.parametrize("encode", CALLS.values(), ids=[*CALLS])
+def test_pooling_what_was_called_in_some_way(encode):
+    assert_equal(*touching(encode=encode, kind=Pooling))
+
+
+@pytest.mark.parametrize("made", [True, False])
+@pytest.mark.parametrize("pooled", [True, False])
+def test_pooled_in_another_mode_than_made(made, pooled):
+    class Changing(Touching):
+        def forward(self, images):
+            return self.prepare_inputs_labels_for_multimodal(images)
+
+        def prepare_inputs_labels_for_multimodal(self, images):
+            with torch.inference_mode(made):
+                f = self.encode_images(images)
+            with torch.inference_mode(pooled):
+                return self.get_2dPool(f)
+
+    x = torch.randn(6, 49, 8).double()
+    got, want = (model(x) for model in touching(kind=Changing))
+    assert got.is_inference() == want.is_inference()
+    assert got.requires_grad == want.requires_grad
+    torch.testing.assert_close(got, want)
+
+
+def test_an_activation_in_place():
+    projector = nn.Sequential(nn.Linear(8, 10), nn.SiLU(inplace=True), nn.Linear(10, 12))
+    assert_equal(*touching(projector, touch=lambda f: f + torch.cat([g * 2 for g in f.split(2)])))
+
+
+def test_tensors_of_another_kind():
+    class Own(torch.Tensor):
+        pass
+
+    stock, fused = touching(touch=lambda f: f + 1)
+    x = torch.randn(6, 49, 8).double().as_subclass(Own)
+    got, want = (model([x]) for model in (fused, stock))
+    assert type(got) is type(want) is Own
+    torch.testing.assert_close(got, want)
+
+
 @pytest.mark.parametrize("mode", [nullcontext, torch.no_grad])
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_pooling_in_a_checkpoint(reentrant, mode):
-    class Pooling(Touching):
+    class Checkpointing(Touching):
         def prepare_inputs_labels_for_multimodal(self, images, modalities=("image",)):
             features = self.encode_images(torch.cat(images)).split(3)
             features = [checkpoint(self.get_2dPool, f, use_reentrant=reentrant) for f in features]
             return torch.cat(features)
 
     with mode():
-        assert_equal(*touching(kind=Pooling))
+        assert_equal(*touching(kind=Checkpointing))
 
 
-def test_modes_of_the_projector_are_those_of_its_output():
-    """They may have ended when somebody wants the output, or pools it."""
-
+@pytest.mark.parametrize("layers", [1, 2])
+def test_autocast_that_ended_before_the_output_is_wanted(layers):
     def encode(projector, images):
         with torch.autocast("cpu", torch.bfloat16):
-            return projector(images)
+            f = projector(images)
+        assert f.dtype == torch.bfloat16
+        return f
 
-    stock, fused = (model.float() for model in touching(encode=encode))
-    x = torch.randn(6, 49, 8)
-    assert_equal(stock, fused, x, near=0.05)
-
-    def encode(projector, images):
-        with torch.inference_mode():
-            return projector(images)
-
-    for model in (stock, fused):
-        model.encode = encode
-    got, want = (model(x.split(3), ["video", "image"]) for model in (fused, stock))
-    torch.testing.assert_close(got, want)
-    assert not got.requires_grad
+    for touch in (lambda f: f, Scale.apply):
+        projector = nn.Linear(8, 12) if layers == 1 else None
+        models = touching(projector, encode=encode, touch=touch)
+        stock, fused = (model.float() for model in models)
+        assert_equal(stock, fused, torch.randn(6, 49, 8), near=0.05)
 
 
 def test_hooks_of_parameters_fire_once():
@@ -445,7 +492,7 @@ def test_parts_and_whole_are_not_changed_in_place(write, mode):
             lambda f, parts: f,
             lambda f, parts: parts[0],
             lambda f, parts: parts[1].split(1)[0],
-            lambda f, parts: f[:1],
+            lambda f, parts: f[:2][:1],
         ):
             f = unfinished()
             parts = f.split(2)
@@ -492,8 +539,10 @@ def test_changed_in_place_by_a_function_past_python():
     with torch._C.DisableTorchFunctionSubclass():
         assert f.mul_(2) is f
     torch.testing.assert_close(f + 0, 2 * want)
+    f = unfinished()
     part = f[:2]
-    assert type(part) is torch.Tensor
+    with torch._C.DisableTorchFunctionSubclass(), pytest.raises(RuntimeError, match="clone"):
+        part.mul_(2)
 
 
 def test_in_place_results_are_the_same_object():

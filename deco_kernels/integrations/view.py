@@ -39,9 +39,7 @@ class Modes(NamedTuple):
     def on(self, device: torch.device) -> Iterator[None]:
         autocast = nullcontext()
         if torch.amp.is_autocast_available(device.type):
-            enabled = self.autocast is not None
-            # Weights cast without a graph must not be kept for a call with one.
-            autocast = torch.autocast(device.type, self.autocast, enabled, cache_enabled=False)
+            autocast = torch.autocast(device.type, self.autocast, self.autocast is not None)
         # inference_mode(False) has autograd record in __torch_dispatch__ too.
         with torch.inference_mode(self.inference), torch.set_grad_enabled(self.grad), autocast:
             yield
@@ -177,20 +175,13 @@ class Unfinished(torch.Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
-        tensors, mutable = {}, function._schema.is_mutable
-
         def data(unfinished):
-            if mutable:
+            if function._schema.is_mutable:
                 unfinished._check_alone()
-            y = unfinished.tensor().detach()
-            tensors[id(y)] = y, unfinished
-            return y
+            return unfinished.tensor().detach()  # what returns it may give it a history
 
         args, kwargs = tree_map_only(cls, data, (args, kwargs or {}))
-        result = function(*args, **kwargs)
-        return tree_map_only(
-            torch.Tensor, lambda y: tensors[id(y)][1] if id(y) in tensors else y, result
-        )
+        return function(*args, **kwargs)
 
 
 # What is known of an output that is not computed.
@@ -317,7 +308,7 @@ class Projector:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if len(args) != 1 or kwargs or not isinstance(args[0], torch.Tensor) or args[0].dim() != 3:
             return self._module(*args, **kwargs)
-        z = self._tail.hidden(finished(args[0]))
+        z = self._tail.hidden(args[0])
         if (
             type(z) not in (torch.Tensor, nn.Parameter)
             or getattr(self._tail.act, "inplace", False)
