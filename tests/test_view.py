@@ -101,6 +101,12 @@ def changed_past_python(f):
     return f + g + Scale.apply(f)
 
 
+def returned_past_python(f):
+    with torch._C.DisableTorchFunctionSubclass():
+        g = torch.ops.aten.lift_fresh(f)
+    return g * f
+
+
 def called_twice(f):
     return Scale.apply(f) + Scale.apply(f) * f
 
@@ -156,6 +162,7 @@ TOUCHES = {
     "changed, then called": changed_then_called,
     "changed in statements": changed_in_statements,
     "changed past Python": changed_past_python,
+    "returned past Python": returned_past_python,
     "called twice": called_twice,
     "requires_grad_": required,
     "hook": hooked,
@@ -330,7 +337,11 @@ def test_tensors_of_another_kind():
     class Own(torch.Tensor):
         pass
 
-    stock, fused = touching(touch=lambda f: f + 1)
+    def touch(f):
+        assert isinstance(f, Own)
+        return f
+
+    stock, fused = touching(touch=touch)
     x = torch.randn(6, 49, 8).double().as_subclass(Own)
     got, want = (model([x]) for model in (fused, stock))
     assert type(got) is type(want) is Own

@@ -178,7 +178,7 @@ class Unfinished(torch.Tensor):
         def data(unfinished):
             if function._schema.is_mutable:
                 unfinished._check_alone()
-            return unfinished.tensor().detach()  # what returns it may give it a history
+            return unfinished.tensor().detach()
 
         args, kwargs = tree_map_only(cls, data, (args, kwargs or {}))
         return function(*args, **kwargs)
@@ -310,7 +310,7 @@ class Projector:
             return self._module(*args, **kwargs)
         z = self._tail.hidden(args[0])
         if (
-            type(z) not in (torch.Tensor, nn.Parameter)
+            type(z) not in (torch.Tensor, nn.Parameter)  # sharded, fake or the like
             or getattr(self._tail.act, "inplace", False)
             or torch._C._are_functorch_transforms_active()
         ):
