@@ -21,7 +21,8 @@ from .swap import (
     stand_in,
     state,
 )
-from .view import Projector, View, finished
+from .unfinished import finished
+from .view import Projector, View
 
 
 class PooledByModel(Kind):
