@@ -91,10 +91,12 @@ def fuse() -> str:
         [
             model,
             *(f"**{float(each[what]['stock_over_fused']):.2f}**" for what in ("forward", "step")),
+            f"{float(each['forward']['error_over_stock']):.2f}",
         ]
         for model, each in found.items()
     ]
-    return table(["", "forward: stock / fused", "training step: stock / fused"], lines)
+    times = ("forward: stock / fused", "training step: stock / fused")
+    return table(["", *times, "error: fused / stock"], lines)
 
 
 def kept() -> str:
@@ -105,18 +107,23 @@ def kept() -> str:
 def packed() -> str:
     found = {row["what"]: row for row in rows("packed.csv")}
 
-    def over(layout: str) -> str:
-        names = (f"forward_beside_a_loop[{layout}-{mode}]" for mode in ("adaptive", "bilinear"))
-        return " and ".join(f"{float(found[name]['loop_over_ours']):.1f}" for name in names)
+    def over(layout: str, channels: int) -> str:
+        modes = ("adaptive", "bilinear", "merge")
+        names = (f"forward_beside_a_loop[{layout}-{mode}-{channels}]" for mode in modes)
+        return "{:.1f}, {:.1f} and {:.1f}".format(
+            *(float(found[n]["loop_over_ours"]) for n in names)
+        )
 
     build = [
         float(found[f"build[known sizes-{how}]"]["milliseconds"]) for how in ("target", "merge")
     ]
     return paragraph(
-        "**Packed images.** 64 images of 64 sizes, 1024 channels, pooled to 12x12, adaptive and",
-        f"bilinear: a loop over the images takes {over('views')} times as long as one pack, and",
-        f"{over('copies')} times where it copies the tokens channels first. To build a pack of 256",
-        f"images of known sizes takes {build[0]:.1f} ms to one target,",
+        "**Packed images.** 64 images of 64 sizes, adaptive or bilinear to 12x12, or by 2x2: where",
+        "a loop over the images copies their tokens channels first, as LLaVA-NeXT does, it takes",
+        f"{over('copies', 256)} times as long as one pack with 256 channels, and",
+        f"{over('copies', 1024)} times with 1024. On views of the tokens it takes",
+        f"{over('views', 256)}, and {over('views', 1024)} times: there memory is the limit.",
+        f"To build a pack of 256 images of known sizes takes {build[0]:.1f} ms to one target,",
         f"{build[1]:.1f} ms by a merge factor.",
     )
 
@@ -182,7 +189,10 @@ so there is nothing to gain:
 
 **Models that pool after their MLP**, `deco_kernels.fuse` beside the stock module, float32, one
 image or clip on the same CPU: here there is something to gain, as the last product is done on
-pooled tokens only. Perception-LM's projector keeps {kept()} of the stock one's bytes for backward.
+pooled tokens only, and VideoLLaMA 3's loop over images is one pooling. Perception-LM's projector
+keeps {kept()} of the stock one's bytes for backward. Errors are the output's against float64, root
+mean square: to average outputs averages their rounding too, so a product of averaged tokens may err
+more, in float32 at most √window times as much.
 
 {fuse()}
 

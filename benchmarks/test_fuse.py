@@ -3,7 +3,8 @@
     pytest benchmarks/test_fuse.py --benchmark-only --benchmark-json out.json
 
 `extra_info` in the file carries the stock module's time over ours, forward or a full step with a
-trained tower; the printed table's times are of the fused module alone.
+trained tower, and our output's error over the stock one's, root mean square against float64; the
+printed table's times are of the fused module alone.
 """
 
 import copy
@@ -60,6 +61,10 @@ def pair(make) -> tuple[nn.Module, nn.Module]:
     return fused, stock
 
 
+def exact(module: nn.Module, x: torch.Tensor) -> tuple[nn.Module, torch.Tensor]:
+    return copy.deepcopy(module).double(), x.double()
+
+
 @pytest.mark.parametrize("step", [False, True], ids=["forward", "step"])
 @pytest.mark.parametrize(("make", "shape", "call"), CASES.values(), ids=[*CASES])
 def test_against_stock(benchmark, make, shape, call, step):
@@ -79,6 +84,13 @@ def test_against_stock(benchmark, make, shape, call, step):
 
     pairs = beside(run(fused), run(stock), rounds=6, repeat=1)
     benchmark.extra_info["stock_over_fused"] = statistics.median(b / a for a, b in pairs)
+    if not step:
+        with torch.no_grad():
+            ours, stocks, truth = (
+                call(*each) for each in ((fused, x), (stock, x), exact(stock, x))
+            )
+        errors = [(y - truth).square().mean().sqrt().item() for y in (ours, stocks)]
+        benchmark.extra_info["error_over_stock"] = errors[0] / errors[1]
     benchmark.pedantic(run(fused), rounds=3, warmup_rounds=1)
 
 

@@ -18,7 +18,7 @@ from work import DEVICE, DTYPE, Job
 
 from deco_kernels import Stencil, pool
 
-IMAGES, CHANNELS, TARGET, ROUNDS = 64, 1024, (12, 12), 15
+IMAGES, TARGET, ROUNDS = 64, (12, 12), 15
 
 
 def sizes(count: int, step: int = 1) -> list[tuple[int, int]]:
@@ -55,23 +55,26 @@ def test_build(benchmark, how, new_sizes):
     )
 
 
-@pytest.mark.parametrize("mode", ["adaptive", "bilinear"])
+@pytest.mark.parametrize("channels", [1024, 256])
+@pytest.mark.parametrize("mode", ["adaptive", "bilinear", "merge"])
 @pytest.mark.parametrize("layout", ["views", "copies"])
-def test_forward_beside_a_loop(benchmark, mode, layout):
-    grids = sizes(IMAGES)
-    stencil = Stencil.packed(grids, target=TARGET, mode=mode)
-    x = torch.randn(1, stencil.n_in, CHANNELS, dtype=DTYPE, device=DEVICE)
+def test_forward_beside_a_loop(benchmark, layout, mode, channels):
+    """To 12 x 12 tokens each, or by 2 x 2 tokens ("merge")."""
+    grids = sizes(IMAGES, step=2 if mode == "merge" else 1)
+    how = {"merge": 2} if mode == "merge" else {"target": TARGET, "mode": mode}
+    stencil = Stencil.packed(grids, **how)
+    x = torch.randn(1, stencil.n_in, channels, dtype=DTYPE, device=DEVICE)
 
     def loop() -> torch.Tensor:
         pooled = []
         for (h, w), tokens in zip(grids, x[0].split([h * w for h, w in grids]), strict=True):
-            grid = tokens.view(1, h, w, CHANNELS).permute(0, 3, 1, 2)
+            grid = tokens.view(1, h, w, channels).permute(0, 3, 1, 2)
             grid = grid.contiguous() if layout == "copies" else grid
-            if mode == "adaptive":
-                p = F.adaptive_avg_pool2d(grid, TARGET)
-            else:
+            if mode == "bilinear":
                 p = F.interpolate(grid, size=TARGET, mode="bilinear")
-            pooled.append(p.permute(0, 2, 3, 1).reshape(-1, CHANNELS))
+            else:
+                p = F.adaptive_avg_pool2d(grid, (h // 2, w // 2) if mode == "merge" else TARGET)
+            pooled.append(p.permute(0, 2, 3, 1).reshape(-1, channels))
         return torch.cat(pooled)[None]
 
     ours, loops = (Job(tuple, run) for run in (lambda: pool(x, stencil), loop))
@@ -79,7 +82,7 @@ def test_forward_beside_a_loop(benchmark, mode, layout):
         ours(), loops(), rtol=2e-2 if DTYPE.itemsize == 2 else 1e-4, atol=1e-2
     )
     pairs = alternately(lambda: seconds(ours), lambda: seconds(loops), ROUNDS)
-    benchmark.group = f"pool {IMAGES} images of different sizes, {mode}"
+    benchmark.group = f"pool {IMAGES} images of different sizes, {mode}, {channels} channels"
     benchmark.extra_info.update(
         tokens=stencil.n_in,
         dtype=str(DTYPE),

@@ -136,23 +136,19 @@ def projector(benchmarks: Sequence[Row]) -> list[Row]:
 
 
 def fuse(benchmarks: Sequence[Row]) -> list[Row]:
-    """Stock projectors beside themselves fused: the stock one's time, or our bytes, over ours."""
+    """Stock projectors beside themselves fused: their time over ours, our errors and bytes."""
     rows = []
+    columns = ("model", "what", "stock_over_fused", "error_over_stock", "saved_over_stock")
     for each in benchmarks:
         info = each["extra_info"]
         if "stock_over_fused" in info:
             model, _, what = each["name"].partition("[")[2].rstrip("]").rpartition("-")
-            row = {
-                "model": model,
-                "what": what,
-                "stock_over_fused": _digits(info["stock_over_fused"]),
-            }
-            rows.append({**row, "saved_over_stock": None})
+            figures = _digits(info["stock_over_fused"]), _digits(info.get("error_over_stock")), None
+            rows.append((model, what, *figures))
         elif "saved_bytes_over_stock" in info:
-            row = {"model": "Perception-LM, 1024 -> 256 tokens", "what": "bytes kept"}
             saved = _digits(info["saved_bytes_over_stock"])
-            rows.append({**row, "stock_over_fused": None, "saved_over_stock": saved})
-    return rows
+            rows.append(("Perception-LM, 1024 -> 256 tokens", "bytes kept", None, None, saved))
+    return [dict(zip(columns, row, strict=True)) for row in rows]
 
 
 def packed(benchmarks: Sequence[Row]) -> list[Row]:
