@@ -3,7 +3,6 @@
 import importlib
 import itertools
 import shutil
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,7 +18,7 @@ _copies = itertools.count()
 
 
 class Copy:
-    """A copy of the kernels' source, imported under a name of its own.
+    """A copy of the kernels' source, imported from deco_kernels under a name of its own.
 
     ``edits`` maps texts of ``file``, each of which must occur once, to others: a mutant.
     """
@@ -33,13 +32,14 @@ class Copy:
             assert text.count(old) == 1, f"{old!r} occurs {text.count(old)} times in {file}"
             text = text.replace(old, new)
         (package / file).write_text(text)
-        sys.path.insert(0, str(folder))
+        deco_kernels.__path__.append(str(folder))  # beside what the kernels import
         try:
             self.modules = [
-                importlib.import_module(f"{name}.{path.stem}") for path in package.glob("[!_]*.py")
+                importlib.import_module(f"deco_kernels.{name}.{path.stem}")
+                for path in package.glob("[!_]*.py")
             ]
         finally:
-            sys.path.remove(str(folder))
+            deco_kernels.__path__.remove(str(folder))
 
     def __getitem__(self, name: str) -> object:
         """The kernel of that name."""
