@@ -13,11 +13,10 @@ from ..checks import check_count
 from ..device import capturing, current_stream
 from . import geometry as names
 from . import packed, positions
-from .geometry import adaptive_grids
 from .kept import Kept
 from .table import CPU, Pair, Table, bytes_of, check_entries, concatenated, piece
 
-__all__ = ["Stencil", "Table", "adaptive_grids"]
+__all__ = ["Stencil", "Table"]
 
 
 class Stencil:

@@ -73,11 +73,6 @@ def options(geometry: str) -> tuple[str, Grid, Grid, tuple]:
     return kind, _split(grid_in), _split(grid_out), tuple(rest)
 
 
-def adaptive_grids(geometry: str) -> tuple[Grid, Grid]:
-    """The grids of tokens in and out that an adaptive geometry names."""
-    return options(geometry)[1:3]
-
-
 class Shape(NamedTuple):
     """What a geometry's tables measure: their rows, and their widths."""
 
