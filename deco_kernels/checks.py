@@ -6,18 +6,22 @@ from collections.abc import Sequence
 
 import torch
 
+from .plain import ordinary
+
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 MAX_BYTES = 2**63 - 1
 
 
 def check_count(name: str, value: object, least: int = 1) -> int:
     """An integer of at least ``least``, of Python's or any other kind of int."""
-    try:
-        if isinstance(value, bool):
-            raise TypeError
-        value = operator.index(value)
-    except TypeError:
-        raise TypeError(f"{name} must be an int, got {type(value).__name__} {value!r}") from None
+    if type(value) is not int:  # which torch.compile may let vary
+        try:
+            if isinstance(value, bool):
+                raise TypeError
+            value = operator.index(value)
+        except TypeError:
+            kind = type(value).__name__
+            raise TypeError(f"{name} must be an int, got {kind} {value!r}") from None
     if value < least:
         raise ValueError(f"{name} must be at least {least}, got {value}")
     return value
@@ -32,15 +36,23 @@ def check_grid(name: str, grid: Sequence[int]) -> tuple[int, int]:
 
 def square_side(name: str, count: int, hint: str = "") -> int:
     """The side of a square grid of ``count`` tokens."""
-    side = math.isqrt(count)
+    side = whole_root(count)
     if side < 1 or side * side != count:
         raise ValueError(f"{name} must be a positive square number, got {count}{hint}")
     return side
 
 
+def whole_root(count: int) -> int:
+    """The square root, rounded down; torch.compile lets the count vary, as in the reference."""
+    return int(count**0.5) if torch.compiler.is_compiling() else math.isqrt(count)
+
+
 def check_tokens(name: str, x: torch.Tensor) -> None:
     """A floating-point tensor [B, n, K]."""
     check_float(name, x)
+    if x.layout is not torch.strided or x.is_nested:
+        kind = "a nested tensor" if x.is_nested else f"layout {x.layout}"
+        raise TypeError(f"{name} must be a dense tensor, got {kind}")
     if x.dim() != 3:
         raise ValueError(f"{name} must be [batch, tokens, channels], got shape {list(x.shape)}")
 
@@ -51,10 +63,15 @@ def check_size(shape: tuple[int, ...], dtype: torch.dtype) -> None:
         raise ValueError(f"an output of shape {list(shape)} and {dtype} exceeds the int64 range")
 
 
-def check_linear(name: str, x: torch.Tensor, weight: torch.Tensor, any_float: bool = False) -> None:
-    """A weight [N, K] for x [B, n, K]; of x's dtype unless ``any_float``."""
-    check_float("weight", weight)
-    if weight.dim() != 2 or weight.shape[1] != x.shape[2] or 0 in weight.shape:
+def check_linear(
+    name: str, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, any_float: bool
+) -> None:
+    """A weight [N, K] and perhaps a bias [N] for x [B, n, K]; of x's dtype unless ``any_float``."""
+    if not x.shape[2]:
+        raise ValueError(f"{name} must have channels, got shape {list(x.shape)}")
+    if weight.dim() == 2 and not weight.shape[0]:
+        raise ValueError(f"weight must have rows, got shape {list(weight.shape)}")
+    if weight.dim() != 2 or weight.shape[1] != x.shape[2]:
         raise ValueError(
             f"weight must be [out, {x.shape[2]}] for the {x.shape[2]} channels of {name},"
             f" got shape {list(weight.shape)}"
@@ -63,10 +80,6 @@ def check_linear(name: str, x: torch.Tensor, weight: torch.Tensor, any_float: bo
         raise RuntimeError(f"{name} is on {x.device}, but weight is on {weight.device}")
     if weight.dtype != x.dtype and not any_float:
         raise TypeError(f"{name} is {x.dtype}, but weight is {weight.dtype}")
-
-
-def check_bias(weight: torch.Tensor, bias: torch.Tensor | None) -> None:
-    """None, or a bias [N] for a weight [N, K]."""
     if bias is None:
         return
     check_float("bias", bias)
@@ -74,8 +87,14 @@ def check_bias(weight: torch.Tensor, bias: torch.Tensor | None) -> None:
         raise ValueError(f"bias must be [{weight.shape[0]}], got shape {list(bias.shape)}")
     if bias.device != weight.device:
         raise RuntimeError(f"weight is on {weight.device}, but bias is on {bias.device}")
-    if bias.dtype != weight.dtype:
+    if bias.dtype != weight.dtype and not any_float:
         raise TypeError(f"weight is {weight.dtype}, but bias is {bias.dtype}")
+
+
+def check_ordinary(name: str, x: torch.Tensor) -> None:
+    """No DTensor or another wrapper of tensors, whose numbers kernels do not find."""
+    if not ordinary(x):
+        raise TypeError(f"{name} must be an ordinary tensor, got {type(x).__name__}")
 
 
 def check_float(name: str, x: torch.Tensor) -> None:

@@ -116,7 +116,13 @@ def _obstacle() -> str | None:
         return f"torch.utils.cpp_extension cannot be imported ({error})"
     if shutil.which("ninja", path=_path()) is None:
         return "ninja is missing (pip install ninja)"
-    return missing()
+    lost = missing()
+    if lost:
+        return lost
+    from .host import unwritable  # setup.py loads this file alone
+
+    problem = unwritable(target().parent)
+    return f"{problem}; set TORCH_EXTENSIONS_DIR to a folder that can be" if problem else None
 
 
 def state() -> str:

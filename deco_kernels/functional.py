@@ -1,17 +1,23 @@
-"""How does it differentiate? Pooling and linear layers that keep no activation for backward."""
+"""What do I call? Pooling and linear layers that keep no activation for backward.
 
-from collections.abc import Callable
-from functools import wraps
+With kernels a call is one operator of `ops`. With torch's own operators it is a Function that keeps
+as little, but where a tracer or a torch.func transform looks on, those operators themselves.
+"""
 
 import torch
 import torch.nn.functional as F
-from torch._subclasses import FakeTensor
-from torch.autograd.function import once_differentiable
 
 from . import ops
-from .backends import choose
-from .checks import check_bias, check_float, check_linear, check_size, check_tokens
-from .stencil import Stencil, Table
+from .backends import choose, eager
+from .checks import (
+    check_float,
+    check_linear,
+    check_ordinary,
+    check_size,
+    check_tokens,
+)
+from .private import transforms_active
+from .stencil import Places, Stencil
 
 ACTIVATIONS = (None, "gelu")
 TOKEN_ACTIVATIONS = ("gelu", "gelu_tanh", "silu", "quick_gelu")  # before pooling
@@ -22,7 +28,8 @@ class Hidden:
 
     Holds the pre-activation (differentiable, kept for backward), the activation (not kept) and the
     layer's bias, whose gradient the next layer's backward computes along with its own. So it is
-    opaque and has exactly one use: :func:`act_linear`.
+    opaque and has exactly one use: :func:`act_linear`. Without a pre-activation the activation is
+    an ordinary, perhaps differentiable one.
     """
 
     __slots__ = ("_bias", "_g", "_z")
@@ -38,101 +45,6 @@ class Hidden:
     def activation(self) -> torch.Tensor:
         """The activation, detached: [B, M, N]."""
         return self._g.detach()
-
-
-def _once(backward: Callable) -> Callable:
-    """Torch's once_differentiable, but a second derivative is an error in any case.
-
-    Torch's takes gradients for constants where those that come in are, and ours depend on more.
-    """
-    backward = once_differentiable(backward)
-
-    @wraps(backward)
-    def once(ctx, *grads):
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # by create_graph=True
-            raise RuntimeError("deco_kernels' functions have no double backward: no create_graph")
-        return backward(ctx, *grads)
-
-    return once
-
-
-# The functions take their context in `forward`: with `setup_context` torch binds the arguments by
-# `inspect` on every call, which costs more than all else that these functions do.
-
-
-class _Pool(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, rows, columns, backend):
-        ctx.columns, ctx.backend = columns, backend
-        return ops.pool(x, rows, x.dtype, None, backend)
-
-    @staticmethod
-    @_once
-    def backward(ctx, dp):
-        return ops.pool(dp, ctx.columns, dp.dtype, None, ctx.backend), None, None, None
-
-
-class _PoolLinear(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, weight, bias, rows, columns, activation, keep_z, act, backend):
-        p, z, g = ops.pool_linear(x, rows, weight, bias, activation, keep_z, act, backend)
-        needs_x, needs_weight, *_ = ctx.needs_input_grad
-        ctx.save_for_backward(
-            weight if needs_x else None,
-            p if needs_weight else None,
-            x if needs_x and act is not None else None,
-        )
-        ctx.columns, ctx.dtype, ctx.act, ctx.backend = columns, x.dtype, act, backend
-        if g is not None:
-            ctx.mark_non_differentiable(g)
-        ctx.set_materialize_grads(False)
-        return z, g
-
-    @staticmethod
-    @_once
-    def backward(ctx, dz, _dg):
-        if dz is None:
-            return (None,) * 9
-        weight, p, x = ctx.saved_tensors
-        flat = dz.reshape(-1, dz.shape[-1])
-        dx = dw = db = None
-        if ctx.needs_input_grad[0]:
-            dp = (flat @ weight).view(*dz.shape[:2], weight.shape[1])
-            if x is None:
-                dx = ops.pool(dp, ctx.columns, ctx.dtype, None, ctx.backend)
-            else:
-                dx = ops.dact_pool(dp, ctx.columns, x, ctx.act, ctx.backend)
-        if ctx.needs_input_grad[1]:
-            dw = flat.T @ p.view(-1, p.shape[-1])
-        if ctx.needs_input_grad[2]:
-            db = flat.sum(0)
-        return dx, dw, db, None, None, None, None, None, None
-
-
-class _ActLinear(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, z, z_bias, g, weight, bias, backend):
-        ctx.save_for_backward(z, weight)
-        ctx.backend = backend
-        return F.linear(g, weight, bias)
-
-    @staticmethod
-    @_once
-    def backward(ctx, dy):
-        z, weight = ctx.saved_tensors
-        needs_z, needs_z_bias, _, needs_weight, needs_bias, _ = ctx.needs_input_grad
-        flat = dy.reshape(-1, dy.shape[-1])
-        dz, g, dz_bias = ops.dact_linear(
-            flat, weight, z.view(-1, z.shape[-1]), needs_weight, needs_z_bias, ctx.backend
-        )
-        return (
-            dz.view_as(z) if needs_z else None,
-            dz_bias if needs_z_bias else None,
-            None,
-            flat.T @ g if needs_weight else None,
-            flat.sum(0) if needs_bias else None,
-            None,
-        )
 
 
 def pool(x: torch.Tensor, stencil: Stencil, *, backend: str = "auto") -> torch.Tensor:
@@ -153,8 +65,11 @@ def pool(x: torch.Tensor, stencil: Stencil, *, backend: str = "auto") -> torch.T
     """
     _check_pooling(x, stencil)
     check_size((x.shape[0], stencil.n_out, x.shape[2]), x.dtype)
-    backend = choose(backend, x.device, x.dtype).backend
-    return _Pool.apply(x, *_tables(x, stencil), backend)
+    backend, open_ = _backend("pool", backend, x, x.dtype)
+    places = _places(x, stencil)
+    if open_:
+        return eager.traceable_pool(x, places, x.dtype)
+    return ops.call("pool", x, *places, False, x.dtype, backend)
 
 
 def pool_linear(
@@ -188,13 +103,18 @@ def pool_linear(
         RuntimeError: tensors on different devices, or the backend cannot run here.
     """
     _check_activation(activation)
-    x, weight, bias, tables, backend = _pooled_product(x, weight, bias, stencil, backend)
+    found = _pooled_product("pool_linear", x, weight, bias, stencil, backend)
+    places, w, master, bias, backend, open_ = found
+    if open_:
+        z = F.linear(eager.traceable_pool(x, places, w.dtype), w, bias)
+        return z if activation is None else Hidden(None, F.gelu(z), None)
     if activation is None:
-        return _PoolLinear.apply(x, weight, bias, *tables, None, True, None, backend)[0]
+        return ops.call("pool_linear", x, *places, w, master, bias, None, True, None, backend)[1]
     keep_z = _any_requires_grad(x, weight, bias)
-    detached = None if bias is None else bias.detach()
-    z, g = _PoolLinear.apply(x, weight, detached, *tables, activation, keep_z, None, backend)
-    return Hidden(z, g, bias)
+    own_bias = None if bias is None else bias.detach()
+    args = w, master, own_bias, activation, keep_z, None, backend
+    _, z, g = ops.call("pool_linear", x, *places, *args)
+    return Hidden(z if keep_z else None, g, bias)
 
 
 def act_pool_linear(
@@ -230,10 +150,14 @@ def act_pool_linear(
     if activation not in (None, *TOKEN_ACTIVATIONS):
         known = ", ".join(map(repr, TOKEN_ACTIVATIONS))
         raise ValueError(f"activation must be None or one of {known}, got {activation!r}")
-    x, weight, bias, tables, backend = _pooled_product(x, weight, bias, stencil, backend)
+    found = _pooled_product("act_pool_linear", x, weight, bias, stencil, backend)
+    places, w, master, bias, backend, open_ = found
     if bias is not None:
         stencil.check_average("pooling in front of a bias")
-    return _PoolLinear.apply(x, weight, bias, *tables, None, True, activation, backend)[0]
+    if open_:
+        return F.linear(eager.traceable_pool(x, places, w.dtype, activation), w, bias)
+    args = w, master, bias, None, True, activation, backend
+    return ops.call("pool_linear", x, *places, *args)[1]
 
 
 def act_linear(
@@ -263,15 +187,18 @@ def act_linear(
         raise TypeError(f"hidden must come from pool_linear or act_linear, got {type(hidden)}")
     _check_activation(activation)
     z, g, z_bias = hidden._z, hidden._g, hidden._bias
-    weight, bias, _ = _autocast(g, weight, bias)
-    check_linear("hidden", g, weight)
-    check_bias(weight, bias)
+    dtype = check_layer("hidden", g, weight, bias)
+    backend, open_ = _backend("act_linear", backend, g, dtype or g.dtype)
+    if open_:
+        y = F.linear(g, weight, bias)
+        return y if activation is None else Hidden(None, F.gelu(y), None)
+    bias = _bias(bias, dtype, open_)
     own_bias = bias if activation is None or bias is None else bias.detach()
     if z is None:
         y = F.linear(g, weight, own_bias)
     else:
-        backend = choose(backend, g.device, g.dtype).backend
-        y = _ActLinear.apply(z, z_bias, g, weight, own_bias, backend)
+        w, master = _weight(weight, dtype, open_)
+        y = ops.call("act_linear", z, z_bias, g, w, master, own_bias, backend)
     if activation is None:
         return y
     keep_z = _any_requires_grad(y, bias)
@@ -280,37 +207,57 @@ def act_linear(
     return Hidden(y if keep_z else None, g, bias)
 
 
+@torch.compiler.assume_constant_result  # Dynamo cannot trace it before 2.13
+def _has_autocast(device: str) -> bool:
+    return torch.amp.is_autocast_available(device)
+
+
 def autocast_dtype(x: torch.Tensor) -> torch.dtype | None:
     """What autocast would compute a linear layer of x in; None if it is off or leaves x alone."""
     device = x.device.type
-    if x.dtype == torch.float64 or not torch.amp.is_autocast_available(device):
+    if x.dtype == torch.float64 or not _has_autocast(device):
         return None
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
 
 
 def _pooled_product(
+    name: str,
     x: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor | None,
     stencil: Stencil,
     backend: str,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, tuple[Table, Table], str]:
-    """What pooling x and a product with weight take, once they fit each other."""
+) -> tuple[Places, torch.Tensor, torch.Tensor | None, torch.Tensor | None, str, bool]:
+    """What pooling x and a product with weight take, once they fit each other.
+
+    The places, the weight and its master, the bias, the backend, and whether it stays open.
+    """
     _check_pooling(x, stencil)
-    weight, bias, autocast = _autocast(x, weight, bias)
-    check_linear("x", x, weight, any_float=autocast)
-    check_bias(weight, bias)
-    check_size((x.shape[0], stencil.n_out, max(weight.shape)), weight.dtype)
-    backend = choose(backend, x.device, weight.dtype).backend
-    return x, weight, bias, _tables(x, stencil), backend
+    dtype = check_layer("x", x, weight, bias)
+    check_size((x.shape[0], stencil.n_out, max(weight.shape)), dtype or weight.dtype)
+    backend, open_ = _backend(name, backend, x, dtype or weight.dtype)
+    w, master = _weight(weight, dtype, open_)
+    return _places(x, stencil), w, master, _bias(bias, dtype, open_), backend, open_
 
 
 def _check_pooling(x: torch.Tensor, stencil: Stencil) -> None:
     check_tokens("x", x)
+    check_ordinary("x", x)
     if not isinstance(stencil, Stencil):
         raise TypeError(f"stencil must be a Stencil, got {type(stencil).__name__}")
     if x.shape[1] != stencil.n_in:
         raise ValueError(f"x has {x.shape[1]} tokens, but {stencil} takes {stencil.n_in}")
+
+
+def check_layer(
+    name: str, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+) -> torch.dtype | None:
+    """What autocast casts the layer to, which fits x [B, n, K]; None if it does not."""
+    check_float("weight", weight)
+    check_ordinary("weight", weight)
+    dtype = None if weight.dtype == torch.float64 else autocast_dtype(x)
+    check_linear(name, x, weight, bias, any_float=dtype is not None)
+    return dtype
 
 
 def _check_activation(activation: str | None) -> None:
@@ -318,20 +265,28 @@ def _check_activation(activation: str | None) -> None:
         raise ValueError(f"activation must be None or 'gelu', got {activation!r}")
 
 
-def _tables(x: torch.Tensor, stencil: Stencil) -> tuple[Table, Table]:
-    """Those of the stencil beside x; for a fake x, by which memory is estimated, fake ones."""
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    if not isinstance(x, FakeTensor) or torch.compiler.is_compiling():
-        return stencil.tables(x.device, dtype)
-    rows, columns = stencil.tables("cpu", dtype)
-    with x.fake_mode:
-        return tuple(
-            t._replace(
-                index=x.fake_mode.from_tensor(t.index).to(x.device),
-                weight=x.fake_mode.from_tensor(t.weight).to(x.device),
-            )
-            for t in (rows, columns)
+def _backend(name: str, asked: str, x: torch.Tensor, dtype: torch.dtype) -> tuple[str, bool]:
+    """The backend of a call, and whether its operators stay open: to a tracer or a transform."""
+    backend = choose(asked, x.device, dtype).backend
+    if torch.compiler.is_compiling() or not transforms_active():
+        return backend, backend == "eager" and ops.traced()
+    if asked not in ("auto", "eager"):
+        raise RuntimeError(
+            f"{name} with backend {asked!r} knows no torch.func transforms: pass backend='eager'"
         )
+    return "eager", True
+
+
+def _places(x: torch.Tensor, stencil: Stencil) -> Places:
+    """Those of the stencil beside x; for a fake x, by which memory is estimated, fake ones."""
+    mode = None if type(x) is torch.Tensor else getattr(x, "fake_mode", None)
+    if mode is None or torch.compiler.is_compiling():
+        return stencil.places(x.device, x.dtype)
+    places = stencil.places(torch.device("cpu"), x.dtype)
+    if places.kind:
+        return places
+    with mode:
+        return Places(*(mode.from_tensor(t).to(x.device) for t in places[:4]), *places[4:])
 
 
 def _any_requires_grad(*tensors: torch.Tensor | None) -> bool:
@@ -342,14 +297,43 @@ def _any_requires_grad(*tensors: torch.Tensor | None) -> bool:
     return False
 
 
-def _autocast(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor | None, bool]:
-    """Weight and bias as autocast wants them, and whether it is on for them."""
-    dtype = autocast_dtype(x)
-    if dtype is None:
-        return weight, bias, False
-    check_float("weight", weight)
-    if weight.dtype == torch.float64:
-        return weight, bias, False
-    return weight.to(dtype), None if bias is None else bias.to(dtype), True
+def _weight(
+    weight: torch.Tensor, dtype: torch.dtype | None, open_: bool
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """A weight as autocast wants it, and the parameter that gets its gradient if that is another.
+
+    Autocast casts a parameter once in a region and keeps the copy, so we take that.
+    """
+    if dtype is None or weight.dtype == dtype:
+        return weight, None
+    copy = None if open_ else _copy_of_autocast(weight, dtype)
+    if copy is None:
+        return weight.to(dtype), None
+    return copy.detach(), weight if torch.is_grad_enabled() else None
+
+
+def _bias(bias: torch.Tensor | None, dtype: torch.dtype | None, open_: bool) -> torch.Tensor | None:
+    """A bias as autocast wants it; differentiable."""
+    if bias is None or dtype is None or bias.dtype == dtype:
+        return bias
+    copy = None if open_ else _copy_of_autocast(bias, dtype)
+    usable = copy is not None and (copy.requires_grad or not torch.is_grad_enabled())
+    return copy if usable else bias.to(dtype)
+
+
+def _copy_of_autocast(parameter: torch.Tensor, dtype: torch.dtype) -> torch.Tensor | None:
+    """Autocast's own copy of a weight [N, K] or a bias [N]; None if it keeps or shows none.
+
+    Torch hands it to its own products only. An empty one shows it: a product keeps both factors.
+    """
+    leaf = parameter.is_leaf and parameter.requires_grad and parameter.dtype == torch.float32
+    if not leaf or ops.traced() or not torch.is_autocast_cache_enabled():
+        return None
+    kept: list[torch.Tensor] = []
+    nothing = parameter.new_empty(0, parameter.shape[0], dtype=dtype).requires_grad_()
+    try:
+        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(kept.append, id):
+            torch.matmul(nothing, parameter)
+    except RuntimeError:  # somebody has forbidden the hooks
+        return None
+    return next((t for t in kept if t.shape == parameter.shape and t.dtype == dtype), None)

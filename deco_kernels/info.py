@@ -7,7 +7,7 @@ import torch
 
 from . import __version__, extension
 from .backends import BACKENDS, preferred, unusable
-from .tuning import cache
+from .tuning import cache, table
 
 DTYPES = torch.bfloat16, torch.float16, torch.float32, torch.float64
 
@@ -18,6 +18,15 @@ def _triton() -> str:
     except ImportError as error:
         return f"missing ({error})"
     return triton.__version__
+
+
+def _tiles() -> str:
+    made = table.made_with()
+    here = _triton()
+    other = (
+        "" if here == made or here.startswith("missing") else f", not with the {here} that is here"
+    )
+    return f"chosen and compiled with Triton {made}{other}"
 
 
 def _name(dtype: torch.dtype) -> str:
@@ -70,6 +79,7 @@ def report() -> str:
         ("python", f"{platform.python_version()} on {sys.platform}"),
         ("torch", torch.__version__),
         ("triton", _triton()),
+        ("tiles", _tiles()),
         ("CUDA", torch.version.cuda or "none (this torch is built without it)"),
         ("CUDA kernels", extension.state()),
         *_devices(),

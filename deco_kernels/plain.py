@@ -1,27 +1,27 @@
-"""Is a module still what it was made as? Then its weights may be read without calling it."""
+"""Is it what it seems? Of a module then the weights may be read without calling it."""
 
 import torch
 from torch import nn
-from torch.nn.modules.module import _has_any_global_hook
 
 _ORDINARY = (nn.Parameter, torch.Tensor)
 
 
-def hooked_globally() -> bool:
-    """Whether a hook is registered that every module's call must run."""
-    return _has_any_global_hook()
+def ordinary(x: torch.Tensor) -> bool:
+    """Whether ``x`` holds its own numbers: a DTensor and its like wrap other tensors."""
+    return type(x) in _ORDINARY or not hasattr(type(x), "__tensor_flatten__")
 
 
 def plain(module: nn.Module, kind: type[nn.Module]) -> bool:
     """Whether calling ``module`` does what ``kind`` does and nothing else."""
+    own = module.__dict__
     return (
         type(module) is kind
-        and "forward" not in module.__dict__
+        and "forward" not in own
         and not (
-            module._forward_hooks
-            or module._forward_pre_hooks
-            or module._backward_hooks
-            or module._backward_pre_hooks
+            own["_forward_hooks"]
+            or own["_forward_pre_hooks"]
+            or own["_backward_hooks"]
+            or own["_backward_pre_hooks"]
         )
     )
 
@@ -34,11 +34,15 @@ def difference(module: nn.Module, kind: type[nn.Module]) -> str:
     return f"is {type(module).__module__}.{name}" if name == kind.__name__ else f"is {name}"
 
 
+def _owns_numbers(parameter: torch.Tensor | None) -> bool:
+    return type(parameter) in _ORDINARY or hasattr(parameter, "fake_mode")  # torch.export's
+
+
 def materialised(linear: nn.Linear) -> bool:
     """Whether the parameters are ordinary tensors that are there in full."""
     p = linear._parameters
     return (
-        type(p.get("weight")) in _ORDINARY
-        and type(p.get("bias", ...)) in (*_ORDINARY, type(None))  # a buffer in its place is none
+        _owns_numbers(p.get("weight"))
+        and (p.get("bias", ...) is None or _owns_numbers(p.get("bias")))  # a buffer is none
         and p["weight"].numel() == linear.out_features * linear.in_features
     )

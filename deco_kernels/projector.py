@@ -6,9 +6,10 @@ import torch
 from torch import nn
 
 from . import functional
-from .backends import check_backend, choose, fastest, preferred
+from .backends import Choice, check_backend, choose, fastest, preferred
 from .checks import check_count, check_grid, check_tokens, square_side
-from .plain import hooked_globally, materialised, plain
+from .plain import materialised, ordinary, plain
+from .private import foreign_global_hook
 from .reference import AvgPoolProjector
 from .stencil import Stencil
 from .tuning.call import Call
@@ -19,15 +20,19 @@ class Plan(NamedTuple):
 
     ``path`` is "fused" (pool and all linear layers in the package's own operators), "pooled" (the
     package's pool, then ``mlp_projector`` is called as a module), "modules" (everything is called
-    as a module, like the reference) or "stock" (the own code of a module that ``fuse`` replaced).
+    as a module, like the reference), "stock" (the own code of a module that ``fuse`` replaced) or
+    "refused" (the call is an error). ``last`` is the path of the last call; None before the first.
+    Calls inside of a graph of torch.compile are not seen.
     """
 
     backend: str
     path: str
     reason: str
+    last: str | None = None
 
     def __str__(self) -> str:
-        return f"backend {self.backend}, path {self.path}: {self.reason}"
+        last = f" (last call: {self.last})" if self.last else ""
+        return f"backend {self.backend}, path {self.path}: {self.reason}{last}"
 
 
 class FusedAvgPoolProjector(AvgPoolProjector):
@@ -67,7 +72,7 @@ class FusedAvgPoolProjector(AvgPoolProjector):
         check_backend(backend)
         super().__init__(layer_num, query_num, mm_hidden_size, llm_hidden_size)
         self.backend = backend
-        self._side = side
+        self._side, self._last = side, None
 
     @classmethod
     def from_reference(cls, module: nn.Module, *, backend: str = "auto") -> "FusedAvgPoolProjector":
@@ -122,15 +127,18 @@ class FusedAvgPoolProjector(AvgPoolProjector):
             RuntimeError: x is on another device, or the backend cannot run here.
         """
         grid = self._check(x, grid)
-        backend, path, _ = self._plan(x)
+        path, _ = self._path(x)
+        if not torch.compiler.is_compiling():
+            self.__dict__["_last"] = path
         if path == "modules":
+            self._choice(x)  # also here it is an error if the backend cannot run
             pooled = self.sampler(x.transpose(1, 2).unflatten(2, grid))
             return self.mlp_projector(pooled.flatten(2).transpose(1, 2))
         stencil = Stencil.adaptive_checked(grid, (self._side, self._side))
         if path == "pooled":
             return self.mlp_projector(functional.pool(x, stencil, backend=self.backend))
 
-        return project(x, self.mlp_projector, stencil, backend)
+        return project(x, self.mlp_projector, stencil, self.backend)
 
     def explain(self, x: torch.Tensor | None = None, grid: tuple[int, int] | None = None) -> Plan:
         """Which backend and path a call takes, and why: for ``x``, or tokens like the weights.
@@ -139,14 +147,21 @@ class FusedAvgPoolProjector(AvgPoolProjector):
         FSDP2 around this module, are "partitioned" before it, though the call is fused.
         Where "auto" depends on sizes, it needs ``x``: the backend is that of pool and first linear
         layer, and the reason has those of the other layers' backwards too.
+
+        Raises:
+            TypeError, ValueError, RuntimeError: as the call would.
         """
-        plan = self._plan(x)
+        if x is not None:
+            grid = self._check(x, grid)
+        plan = self._plan(x)._replace(last=self.__dict__.get("_last"))
+        if plan.path == "fused":
+            self._check_layers(self._like(x))
         if plan.backend == "auto" and plan.path == "pooled":
             like = self._like(x)
             return plan._replace(backend=preferred(like.device, like.dtype).backend)
         if plan.backend != "auto" or x is None:
             return plan
-        stencil = Stencil.adaptive_checked(self._check(x, grid), (self._side, self._side))
+        stencil = Stencil.adaptive_checked(grid, (self._side, self._side))
         table = stencil.tables(x.device, torch.float32)[0].index.shape
         dtype = functional.autocast_dtype(x) or x.dtype
         shapes = [linear.weight.shape for linear in self.mlp_projector[::2]]
@@ -156,17 +171,36 @@ class FusedAvgPoolProjector(AvgPoolProjector):
         told = "; ".join(
             f"{c}: {choice.backend} ({choice.reason})" for c, choice in choices.items()
         )
-        return Plan(choices[call].backend, plan.path, told)
+        return plan._replace(backend=choices[call].backend, reason=told)
+
+    def _check_layers(self, like: torch.Tensor) -> None:
+        """Raise what a fused call raises for layers that do not fit tokens like ``like``."""
+        name, dtype = "x", like.dtype
+        for linear in self.mlp_projector[::2]:
+            x = like.new_empty(0, 0, linear.in_features, dtype=dtype)
+            dtype = functional.check_layer(name, x, linear.weight, linear.bias) or dtype
+            name = "hidden"
 
     def _plan(self, x: torch.Tensor | None) -> Plan:
         like = self._like(x)
+        choice = self._choice(like)
+        path, problem = self._path(like)
+        backend = "eager" if path == "modules" else choice.backend
+        return Plan(backend, path, problem or choice.reason)
+
+    def _choice(self, like: torch.Tensor) -> Choice:
         dtype = functional.autocast_dtype(like) or like.dtype
-        backend, reason = choose(self.backend, like.device, dtype)
+        return choose(self.backend, like.device, dtype)
+
+    def _path(self, like: torch.Tensor) -> tuple[str, str | None]:
+        """The way a call with tokens like these takes, and why it is not fused."""
         problem = changed_sampler(self.sampler, self._side)
+        if problem is None and not ordinary(like):
+            problem = f"x is a {type(like).__name__}"
         if problem:
-            return Plan("eager", "modules", problem)
+            return "modules", problem
         problem = unreadable(self.mlp_projector)
-        return Plan(backend, "pooled" if problem else "fused", problem or reason)
+        return "pooled" if problem else "fused", problem
 
     def _like(self, x: torch.Tensor | None) -> torch.Tensor:
         """``x`` or a parameter; a quantised MLP has none."""
@@ -175,7 +209,7 @@ class FusedAvgPoolProjector(AvgPoolProjector):
     def _check(self, x: torch.Tensor, grid: tuple[int, int] | None) -> tuple[int, int]:
         """The grid of the tokens ``x``, once they are what the projector takes."""
         check_tokens("x", x)
-        tokens, channels = len(range(x.shape[1])), x.shape[2]  # torch.compile: tokens are constant
+        tokens, channels = x.shape[1], x.shape[2]
         if channels != self.mm_hidden_size:
             raise ValueError(
                 f"x must have mm_hidden_size = {self.mm_hidden_size} channels, got {channels}"
@@ -191,10 +225,8 @@ class FusedAvgPoolProjector(AvgPoolProjector):
 
 def changed_sampler(sampler: nn.Module, side: int) -> str | None:
     """Why ``sampler`` must be called; None if it pools to side x side tokens and does no more."""
-    if hooked_globally():
-        return "a global module hook is registered"
     if plain(sampler, nn.AdaptiveAvgPool2d) and _square_output(sampler) == side:
-        return None
+        return foreign_global_hook()
     return "sampler was changed or is hooked"
 
 
@@ -216,12 +248,12 @@ def unreadable(mlp: nn.Module) -> str | None:
 def project(x: torch.Tensor, mlp: nn.Sequential, stencil: Stencil, backend: str) -> torch.Tensor:
     """Tokens x [B, n, K], pooled and projected by an MLP that is not :func:`unreadable`."""
     # The parameters as `unreadable` has seen them; a module's attributes are slow to look up.
-    first, *rest = (linear._parameters for linear in list(mlp)[::2])
-    activations = ["gelu"] * len(rest) + [None]
-    y = functional.pool_linear(
-        x, first["weight"], first["bias"], stencil, activations[0], backend=backend
-    )
-    for p, activation in zip(rest, activations[1:], strict=True):
+    first, *rest = [linear._parameters for linear in [*mlp._modules.values()][::2]]
+    activation = "gelu" if rest else None
+    w, bias = first["weight"], first["bias"]
+    y = functional.pool_linear(x, w, bias, stencil, activation, backend=backend)
+    for i, p in enumerate(rest, 1):
+        activation = "gelu" if i < len(rest) else None
         y = functional.act_linear(y, p["weight"], p["bias"], activation, backend=backend)
     return y
 

@@ -113,7 +113,7 @@ def run(
     Raises:
         TypeError, ValueError: a size is not a positive integer, or no such dtype.
         RuntimeError: no such GPU, or none of our kernels can run on it.
-        OSError: the times cannot be written.
+        OSError: the times could not be written; comes before anything is measured.
     """
     for name, size in (
         ("mm_hidden_size", mm_hidden_size),
@@ -133,6 +133,7 @@ def run(
         _print_plan(jobs, dtype)
         return
     place = _gpu(device)
+    cache.check_folder()
     candidates = []
     for backend in CANDIDATES:
         problem = _problem(backend, place, DTYPES[dtype])

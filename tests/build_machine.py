@@ -57,7 +57,7 @@ PyMODINIT_FUNC INIT(TORCH_EXTENSION_NAME)() {
 PROCESS = """
 import importlib.util, pathlib, sys, torch
 torch.version.cuda = {cuda!r}
-spec = importlib.util.spec_from_file_location("extension", {extension!r})
+spec = importlib.util.spec_from_file_location("deco_kernels.extension", {extension!r})
 extension = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(extension)
 extension.folder = lambda: pathlib.Path({csrc!r})
@@ -68,7 +68,7 @@ print(extension.library(80).arch_list)
 def fresh_extension():
     """The module in the state of a new process."""
     path = REPOSITORY / "deco_kernels" / "extension.py"
-    spec = importlib.util.spec_from_file_location("extension", path)
+    spec = importlib.util.spec_from_file_location("deco_kernels.extension", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

@@ -250,10 +250,10 @@ def on_ptx(arch: int, csrc: Path = CSRC, sms: int = 2, **how: object) -> Iterato
 _copies = itertools.count()
 
 
-def mutant(folder: Path, file: str, edits: dict[str, str]) -> Path:
+def mutant(folder: Path, file: str, edits: dict[str, str], origin: Path = CSRC) -> Path:
     """A copy of ``csrc``; ``edits`` maps texts of ``file``, found once each, to others."""
     csrc = folder / f"csrc{next(_copies)}"
-    shutil.copytree(CSRC, csrc)
+    shutil.copytree(origin, csrc)
     text = (csrc / file).read_text()
     for old, new in edits.items():
         assert text.count(old) == 1, f"{old!r} occurs {text.count(old)} times in {file}"

@@ -7,11 +7,20 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import ptxsim
+import pytest
 import torch
-from ptxsim import run_triton
 
 import deco_kernels.kernels
+from deco_kernels.backends.triton import unfenced
 from deco_kernels.kernels.launch import Chip, stand_in
+
+try:
+    import triton
+except ImportError:
+    INTERPRETING = False
+else:
+    INTERPRETING = triton.knobs.runtime.interpret
 
 _SOURCE = Path(deco_kernels.kernels.__file__).parent
 _copies = itertools.count()
@@ -53,11 +62,12 @@ def simulated(arch: int, copy: Copy | None = None, sms: int = 2, **how) -> Itera
     ``how`` are options of ``ptxsim.run_triton``; by default CTAs run one after another and races
     are looked for.
     """
+    pytest.importorskip("triton")
     launches = []
 
     def launch(kernel, grid, config, args):
         kernel = copy[kernel.__name__] if copy else kernel
-        stats = run_triton(
+        stats = ptxsim.run_triton(
             kernel,
             grid,
             args,
@@ -72,6 +82,43 @@ def simulated(arch: int, copy: Copy | None = None, sms: int = 2, **how) -> Itera
 
     with stand_in(Chip(arch, sms), launch):
         yield launches
+
+
+def require_products(arch: int) -> None:
+    """Skip the test where this Triton must not multiply on ``arch``."""
+    reason = unfenced(arch)
+    if reason:
+        pytest.skip(reason)
+
+
+def version(module) -> tuple[int, int]:
+    return tuple(map(int, module.__version__.split(".")[:2]))
+
+
+def require_interpreter() -> None:
+    """Skip the test where Triton's interpreter cannot run a loop of run-time length."""
+    import numpy
+
+    if version(triton) < (3, 7) and version(numpy) >= (2, 4):
+        pytest.skip("the interpreter of Triton before 3.7 takes no numpy of 2.4 or later")
+
+
+@contextmanager
+def launch_keys(arch: int = 90) -> Iterator[list]:
+    """Launches run nowhere; yields a list of their kernels and of what the JIT compiles them by."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import make_backend
+    from triton.runtime.jit import create_function_from_signature
+
+    backend, keys = make_backend(GPUTarget("cuda", arch, 32)), []
+
+    def launch(kernel, grid, config, args):
+        bind = create_function_from_signature(kernel.signature, kernel.params, backend)
+        _, specialization, options = bind(**args, **config.tiles, **config.options)
+        keys.append((kernel.__name__, str((specialization, options))))
+
+    with stand_in(Chip(arch, sms=132), launch):
+        yield keys
 
 
 class Tf32Linear(torch.nn.Linear):

@@ -35,6 +35,12 @@ BAD_CALLS = {
     ),
     "complex": (lambda: pool(X + 1j, STENCIL), TypeError, "got torch.complex64"),
     "no tensor": (lambda: pool([1.0], STENCIL), TypeError, "x must be a tensor, got list"),
+    "sparse": (lambda: pool(X.to_sparse(), STENCIL), TypeError, "x must be a dense tensor, got la"),
+    "nested": (
+        lambda: pool(torch.nested.nested_tensor([X[0]]), STENCIL),
+        TypeError,
+        "x must be a dense tensor, got a nested tensor",
+    ),
     "stencil of another grid": (
         lambda: pool(X, Stencil.adaptive((5, 4), (2, 2))),
         ValueError,
@@ -50,7 +56,7 @@ BAD_CALLS = {
     "no channels": (
         lambda: pool_linear(X[..., :0], W[:, :0], B, STENCIL),
         ValueError,
-        r"weight must be \[out, 0\]",
+        r"x must have channels, got shape \[1, 16, 0\]",
     ),
     "integer weight under autocast": (
         lambda: torch.autocast("cpu")(pool_linear)(X, W.int(), B, STENCIL),

@@ -9,18 +9,16 @@ from types import ModuleType
 
 import pytest
 import torch
-import triton
+from machines import INTERPRETING
 
 import deco_kernels
 from deco_kernels import aot, check, extension
 from deco_kernels.__main__ import main
-from deco_kernels.aot import search
-from deco_kernels.aot import triton as jit
+from deco_kernels.backends import triton as verbs
 from deco_kernels.tuning import rank, table
+from deco_kernels.tuning.chips import CHIPS
 
-COMPILES_TRITON = pytest.mark.skipif(
-    triton.knobs.runtime.interpret, reason="the interpreter compiles nothing"
-)
+COMPILES_TRITON = pytest.mark.skipif(INTERPRETING, reason="the interpreter compiles nothing")
 COMPILES_CUDA = pytest.mark.skipif(extension.nvcc() is None, reason="nvcc was not found")
 
 
@@ -54,6 +52,7 @@ def row(**fields):
         "shared_limit": 232448,
         "tensor_core": "wgmma",
         "case": "bf16 dz",
+        "compiler": "Triton 3.8.0",
     }
     return aot.Row(**{**plain, **fields})
 
@@ -104,6 +103,7 @@ def test_help_of_a_command_names_its_flags(command, flags, capsys):
 
 
 def test_info_tells_versions_and_usable_backends(capsys):
+    triton = pytest.importorskip("triton")
     assert main(["info"]) == 0
     lines = lines_of(capsys.readouterr().out)
     assert lines["deco_kernels"] == deco_kernels.__version__
@@ -113,6 +113,19 @@ def test_info_tells_versions_and_usable_backends(capsys):
     assert lines["backend eager"] == "usable"
     assert "float64 not usable: float64 is left to torch" in lines["backend triton"]
     assert sum(name.startswith("device cuda:") for name in lines) == torch.cuda.device_count()
+
+
+def test_info_tells_of_tiles_that_another_triton_compiled(monkeypatch, capsys):
+    triton = pytest.importorskip("triton")
+    for made, other in (
+        (triton.__version__, ""),
+        ("1.2.3", f", not with the {triton.__version__}"),
+    ):
+        monkeypatch.setattr(table, "made_with", lambda made=made: made)
+        main(["info"])
+        line = lines_of(capsys.readouterr().out)["tiles"]
+        found = "chosen and compiled with Triton " + made + other
+        assert line == found + (" that is here" if other else "")
 
 
 def test_info_tells_where_the_cuda_kernels_are(monkeypatch, capsys):
@@ -127,7 +140,7 @@ def test_info_tells_why_a_backend_is_not_usable(capsys):
     main(["info"])
     lines = lines_of(capsys.readouterr().out)
     assert re.search(r"bfloat16\b.* not usable: .*\bcpu\b", lines["backend triton"]) or (
-        triton.knobs.runtime.interpret
+        INTERPRETING
     )
     assert lines["backend auto"].startswith("eager on cpu: ")
 
@@ -151,6 +164,25 @@ def test_without_triton_info_works_and_without_nvcc_too_compile_says_what_is_mis
     assert run.returncode == 2
 
 
+def test_without_triton_table_ranks_and_writes_nothing(tmp_path):
+    code = (
+        "import sys; sys.modules['triton'] = None; from deco_kernels.__main__ import main;"
+        " sys.exit(main(['table', *sys.argv[1:]]))"
+    )
+    run = python("-c", code)
+    missing = r"triton cannot be imported \(.*\)$"
+    assert re.match(f"deco_kernels: as ranked, nothing is compiled: {missing}", run.stderr)
+    lines = run.stdout.splitlines()
+    assert len(lines) == len({chip.arch for chip in CHIPS.values()}) * 4
+    assert all(line.endswith(" us  not compiled") for line in lines)
+    assert run.returncode == 0
+    run = python("-c", code, "--out", str(tmp_path / "table.json"))
+    refused = "deco_kernels: error: no table is written of what nothing has compiled: "
+    assert re.match(refused + missing, run.stderr)
+    assert run.returncode == 2
+    assert not list(tmp_path.iterdir())
+
+
 @COMPILES_CUDA
 def test_without_triton_compile_lists_the_cuda_kernels():
     run = python(
@@ -170,7 +202,7 @@ def test_without_triton_compile_lists_the_cuda_kernels():
 
 
 @COMPILES_TRITON
-def test_without_nvcc_compile_lists_the_triton_kernels(monkeypatch, capfd):
+def test_without_nvcc_compile_lists_the_triton_kernels(jit, monkeypatch, capfd):
     monkeypatch.setenv("CUDA_HOME", "/nowhere")
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(extension, "missing", extension.missing.__wrapped__)  # nothing is cached
@@ -178,7 +210,10 @@ def test_without_nvcc_compile_lists_the_triton_kernels(monkeypatch, capfd):
     monkeypatch.setattr(jit, "cases", lambda: chosen)
     assert main(["compile", "--arch", "80"]) == 0
     out, err = capfd.readouterr()
-    _, product, summary = out.splitlines()
+    _, product, summary, compiler = out.splitlines()
+    assert compiler.startswith(
+        f"Triton kernels by Triton {jit.triton.__version__}, tiles chosen with "
+    )
     assert product.split()[:3] == ["sm_80", "triton", "dact_linear"]
     assert summary.startswith("all 1 fit")
     note, progress = err.splitlines()[0], err.splitlines()[-1]
@@ -187,7 +222,8 @@ def test_without_nvcc_compile_lists_the_triton_kernels(monkeypatch, capfd):
 
 
 @COMPILES_TRITON
-def test_compile_prints_json_and_nothing_else(monkeypatch, capfd):
+@pytest.mark.skipif(bool(verbs.unfenced(90)), reason=str(verbs.unfenced(90)))
+def test_compile_prints_json_and_nothing_else(jit, monkeypatch, capfd):
     names = ["fp32 pool 576->144 backward", "bf16 dz"]
     chosen = {name: jit.cases()[name] for name in names}
     monkeypatch.setattr(jit, "cases", lambda: chosen)
@@ -204,10 +240,11 @@ def test_compile_prints_json_and_nothing_else(monkeypatch, capfd):
         == set(product)
         == {
             *("kernel", "backend", "arch", "config", "registers", "spill_bytes"),
-            *("shared_bytes", "shared_limit", "tensor_core", "case"),
+            *("shared_bytes", "shared_limit", "tensor_core", "case", "compiler"),
         }
     )
     assert (pool["kernel"], pool["tensor_core"]) == ("pool", None)
+    assert pool["compiler"] == f"Triton {jit.triton.__version__}"
     assert pool["config"] == "PM=4 PK=256 warps=4 stages=1"
     assert product["kernel"] == "dact_linear"
     assert product["tensor_core"] == "wgmma"
@@ -376,6 +413,7 @@ def test_errors_of_ours_keep_their_traceback(monkeypatch):
 
 @pytest.mark.parametrize("flag", [[], ["--out"]])
 def test_table_prints_verdicts_and_writes_if_told_to(monkeypatch, capsys, tmp_path, flag):
+    search = pytest.importorskip("deco_kernels.aot.search", reason="no Triton")
     fast, slow = rank.candidates("pool_linear", 2)[:2]
     told = [
         search.Verdict(90, "pool_linear", 2, fast, 1.5, "spills 8 bytes in bf16 gelu 576->1"),

@@ -1,17 +1,21 @@
 """Do the Triton kernels that ship fit the chips? Compiled ahead of time, no GPU needed."""
 
 import dataclasses
+import json
 import re
 import subprocess
 
 import pytest
 import torch
 import triton
+from machines import require_products
 
 from deco_kernels import aot
 from deco_kernels.aot import triton as jit
 from deco_kernels.backends import triton as verbs
-from deco_kernels.kernels.launch import Config
+from deco_kernels.kernels.launch import Chip, Config, stand_in
+from deco_kernels.kernels.pool import STEP
+from deco_kernels.tuning import table
 
 pytestmark = pytest.mark.skipif(
     triton.knobs.runtime.interpret, reason="Triton's interpreter compiles nothing"
@@ -41,6 +45,8 @@ def assert_ships(row, arch):
 
 @pytest.mark.parametrize(("case", "arch"), QUICK)
 def test_the_heaviest_cases_fit(case, arch):
+    if not {"pool", "dgelu"} & set(HEAVIEST[case]):
+        require_products(arch)
     found = jit.rows(case, arch)
     assert [row.kernel for row in found] == HEAVIEST[case]
     for row in found:
@@ -51,6 +57,7 @@ def test_the_heaviest_cases_fit(case, arch):
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", TENSOR_CORE)
 def test_every_case_fits(arch):
+    require_products(arch)
     found = [row for step in jit.steps([arch]) for row in step.rows]
     assert list(dict.fromkeys(row.case for row in found)) == list(jit.cases())
     assert {row.kernel for row in found} == {k for kernels in HEAVIEST.values() for k in kernels}
@@ -99,8 +106,8 @@ def frame_by_ptxas(ptx, tmp_path):
 def test_spills_are_seen_as_ptxas_sees_them(monkeypatch, tmp_path):
     """256 sums a thread do not fit into 255 registers."""
     use_config(monkeypatch, {"PM": 8, "PK": 1024}, 1, 1)
-    (row,) = jit.rows("bf16 pool 576->1", 80)
-    ptx, _ = ptx_of("bf16 pool 576->1", 80)
+    (row,) = jit.rows("bf16 pool 576->64", 80)
+    ptx, _ = ptx_of("bf16 pool 576->64", 80)
     frame, stores = frame_by_ptxas(ptx, tmp_path)
     assert stores > 0
     assert row.spill_bytes == frame > 0
@@ -137,18 +144,19 @@ def copies(ptx):
 
 @pytest.mark.parametrize("arch", [80, 90])
 @pytest.mark.parametrize(
-    ("case", "window", "itemsize"),
+    ("case", "tokens", "itemsize"),
     [
-        ("bf16 pool 729->196", 9, 2),
+        ("bf16 pool 576->64", 9, 2),
+        ("bf16 pool 729->196", STEP.value, 2),
         ("bf16 pool 576->144 backward", 1, 2),
         ("fp32 pool 576->144", 4, 4),
     ],
 )
-def test_all_of_the_tokens_come_16_bytes_at_a_time(case, window, itemsize, arch):
+def test_all_of_the_tokens_come_16_bytes_at_a_time(case, tokens, itemsize, arch):
     ptx, config = ptx_of(case, arch)
     wide = len(re.findall(r"\bld\.global\.v4\.b32\b", ptx))
     assert 16 * wide * 32 * config.num_warps == (
-        window * config.tiles["PM"] * config.tiles["PK"] * itemsize
+        tokens * config.tiles["PM"] * config.tiles["PK"] * itemsize
     )
     tables = set(re.findall(r"\bld\.global\S*", ptx)) - {"ld.global.v4.b32"}
     assert tables <= {"ld.global.b32"}
@@ -158,6 +166,7 @@ def test_all_of_the_tokens_come_16_bytes_at_a_time(case, window, itemsize, arch)
 @pytest.mark.parametrize("arch", [80, 90])
 @pytest.mark.parametrize("case", ["bf16 gelu 729->196", "bf16 dz, g and db"])
 def test_all_of_the_tiles_come_16_bytes_at_a_time(case, arch):
+    require_products(arch)
     ptx, config = ptx_of(case, arch)
     tile = (config.tiles["BM"] + config.tiles["BN"]) * config.tiles["BK"] * 2
     assert set(copies(ptx)) == {16}
@@ -193,4 +202,33 @@ def test_limits_are_those_of_the_programming_guide():
 def test_a_row_says_what_the_json_promises():
     promised = "kernel backend arch config registers spill_bytes shared_bytes shared_limit"
     names = [field.name for field in dataclasses.fields(aot.Row)]
-    assert names == [*promised.split(), "tensor_core", "case"]
+    assert names == [*promised.split(), "tensor_core", "case", "compiler"]
+
+
+@pytest.mark.parametrize("version", ["3.5.1", "3.6.0", "3.7.0", "3.10.0", "4.0.0+git1"])
+def test_products_are_left_to_cublas_where_triton_fences_no_loads(monkeypatch, version):
+    """wgmma and tcgen05 read what cp.async wrote; mma.sync needs no fence."""
+    monkeypatch.setattr(triton, "__version__", version)
+    old = version in ("3.5.1", "3.6.0")
+    for arch in aot.SHARED_LIMIT:
+        with stand_in(Chip(arch, 1), None):
+            reason = verbs.no_products(torch.device("meta"))
+            assert verbs.fuses(torch.device("meta"), torch.bfloat16) != bool(reason)
+        assert bool(reason) == (old and arch in (90, 100))
+        assert not reason or reason.startswith(f"Triton {version} puts no fence between loads and")
+    assert jit.said_of([80, 90]).count("\n") == old
+
+
+@pytest.mark.parametrize("arch", [90, 100])
+def test_what_multiplies_has_a_fence(arch):
+    require_products(arch)
+    ptx, _ = ptx_of("bf16 dz", arch)
+    assert copies(ptx)
+    assert "fence.proxy.async" in ptx
+
+
+def test_it_says_which_triton_compiled_and_which_chose_the_tiles():
+    made = json.loads(table.FILE.read_text())["triton"]
+    said = f"Triton kernels by Triton {triton.__version__}, tiles chosen with Triton {made}"
+    assert jit.said_of([80]) == said
+    assert table.made_with() == made

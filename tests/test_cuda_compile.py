@@ -5,11 +5,9 @@ import shutil
 import subprocess
 
 import pytest
-import triton
 
 from deco_kernels import aot, extension
 from deco_kernels.aot import cuda
-from deco_kernels.aot import triton as jit
 
 compiles = pytest.mark.skipif(extension.nvcc() is None, reason="nvcc was not found")
 
@@ -61,6 +59,7 @@ def test_a_row_says_what_cuobjdump_says(tmp_path):
     cubin = tmp_path / "dgelu.cubin"
     command = [extension.nvcc(), "-std=c++17", "-O3", "-arch=sm_80", "-cubin"]
     subprocess.run([*command, extension.folder() / "dgelu.cu", "-o", cubin], check=True)
+    triton = pytest.importorskip("triton")
     command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", cubin]
     text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     usage = r"Function (\w+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+)"
@@ -193,7 +192,7 @@ def test_no_other_symbol_is(symbol):
 
 
 @pytest.fixture
-def all_possible(monkeypatch):
+def all_possible(monkeypatch, jit):
     for module in (cuda, jit):
         monkeypatch.setattr(module, "problem", lambda arch: None)
 
@@ -202,13 +201,13 @@ def all_possible(monkeypatch):
     ("archs", "for_cuda", "for_triton"),
     [(None, 7, 5), ([75], 1, 0), ([75, 86], 2, 1), ([80, 90, 100, 120], 4, 4)],
 )
-def test_a_table_is_of_both_backends(all_possible, archs, for_cuda, for_triton):
+def test_a_table_is_of_both_backends(all_possible, jit, archs, for_cuda, for_triton):
     table = aot.table(archs)
     assert table.total == for_cuda + for_triton * len(jit.cases())
     assert table.notes == []
 
 
-def test_the_steps_of_a_table_are_cudas_then_tritons(all_possible, monkeypatch):
+def test_the_steps_of_a_table_are_cudas_then_tritons(all_possible, jit, monkeypatch):
     for name, module in (("cuda", cuda), ("triton", jit)):
         monkeypatch.setattr(module, "steps", lambda archs, name=name: iter([(name, archs)]))
     steps = aot.table([75, 90]).steps
@@ -228,7 +227,7 @@ def old_nvcc(tmp_path, monkeypatch):
     monkeypatch.setenv("CUDA_HOME", str(tmp_path))
 
 
-def test_an_arch_that_nvcc_does_not_know_is_skipped(old_nvcc, monkeypatch):
+def test_an_arch_that_nvcc_does_not_know_is_skipped(old_nvcc, jit, monkeypatch):
     monkeypatch.setattr(jit, "problem", lambda arch: None)
     table = aot.table([90, 100, 120])
     assert table.total == 1 + 3 * len(jit.cases())
@@ -240,6 +239,7 @@ def test_an_arch_that_nvcc_does_not_know_is_skipped(old_nvcc, monkeypatch):
 
 
 def test_nothing_to_list_is_an_error(old_nvcc, monkeypatch):
+    triton = pytest.importorskip("triton")
     monkeypatch.setattr(triton.knobs.runtime, "interpret", True)
     assert aot.table([90]).notes == [
         "Triton kernels are not listed: "

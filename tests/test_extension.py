@@ -137,12 +137,26 @@ def test_a_damaged_library_is_an_error_that_says_what_to_delete(here):
         here.extension.library(80)
 
 
-def test_a_folder_that_cannot_be_written(here, monkeypatch):
+def test_a_folder_that_cannot_be_written_is_told_before_the_build_and_by_it(here, monkeypatch):
     file = here.tmp / "file"
     file.touch()
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(file / "below"))
-    with pytest.raises(RuntimeError, match="set TORCH_EXTENSIONS_DIR to a folder that can be"):
+    named = r"cannot be written \(Not a directory\); set TORCH_EXTENSIONS_DIR to a folder that can"
+    assert re.search(named, here.extension.problem(80))
+    assert re.match(f"cannot be built: .*{named}", here.extension.state())
+    with pytest.raises(RuntimeError, match=f"the CUDA kernels cannot be had: .*{named}"):
         here.extension.library(80)
+    with pytest.raises(RuntimeError, match="set TORCH_EXTENSIONS_DIR to a folder that can be"):
+        here.extension.build()
+    assert here.compiled() == []
+
+
+def test_a_library_in_a_folder_that_became_read_only_still_serves(here, monkeypatch):
+    here.extension.library(80)
+    monkeypatch.setattr("deco_kernels.host.unwritable", lambda folder: f"{folder} is read-only")
+    for cached in (here.extension._problem, here.extension._obstacle):
+        cached.cache_clear()
+    assert here.extension.problem(80) is None
 
 
 def test_an_interrupted_build_leaves_nothing_and_is_told(here, monkeypatch):

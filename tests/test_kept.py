@@ -8,9 +8,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from deco_kernels import Stencil, stencil
-from deco_kernels.stencil import Table, bytes_of
+from deco_kernels import Stencil
+from deco_kernels.stencil import Table, places
 from deco_kernels.stencil.kept import Kept
+from deco_kernels.stencil.table import bytes_of
 
 CUDA = torch.device("cuda", 0)
 
@@ -35,7 +36,7 @@ def test_what_is_larger_than_the_budget_is_kept_alone():
 
 def test_tables_stay_within_the_budget(monkeypatch):
     kept = Kept(bytes_of, budget=300_000)
-    monkeypatch.setattr(stencil, "_kept", kept)
+    monkeypatch.setattr(places, "_kept", kept)
     for side in range(2, 40):
         Stencil.adaptive((side, side), (6, 6)).tables()
     assert sum(map(bytes_of, kept._values.values())) <= 300_000
@@ -61,8 +62,8 @@ def fake_cuda(monkeypatch):
     monkeypatch.setattr(
         torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=state.stream)
     )
-    monkeypatch.setattr(stencil, "_kept", Kept(bytes_of))
-    monkeypatch.setattr(stencil, "_in_graphs", {})
+    monkeypatch.setattr(places, "_kept", Kept(bytes_of))
+    monkeypatch.setattr(places, "_in_graphs", {})
     return state
 
 
@@ -96,8 +97,8 @@ def test_what_a_captured_graph_reads_is_never_dropped(fake_cuda, monkeypatch):
     fake_cuda.capturing = True
     assert grid.tables(CUDA, torch.float32) is first
     fake_cuda.capturing = False
-    monkeypatch.setattr(stencil, "_kept", Kept(bytes_of))
-    assert [*stencil._in_graphs.values()] == [first]
+    monkeypatch.setattr(places, "_kept", Kept(bytes_of))
+    assert [*places._in_graphs.values()] == [first]
 
 
 def test_copies_carry_no_tables():

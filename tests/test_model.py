@@ -6,7 +6,7 @@ from dataclasses import fields, replace
 import pytest
 import torch
 import triton
-from machines import simulated
+from machines import require_products, simulated
 
 from deco_kernels import Stencil
 from deco_kernels.backends import triton as backend
@@ -136,6 +136,7 @@ def test_dact_linear_does_what_the_model_counts(assert_counted, case):
 )
 def test_other_tiles_and_wgmma_move_the_same_bytes(monkeypatch, arch, tiles):
     """All but the bias, which nobody's time depends on."""
+    require_products(arch)
     config = Config(tiles, num_warps=8, num_stages=3)
     monkeypatch.setattr(backend, "config_for", lambda *_: config)
     case = 1, (9, 9), (7, 7), 160, 208, BF16

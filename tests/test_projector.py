@@ -4,11 +4,13 @@ import copy
 
 import pytest
 import torch
+from numeric import numeric, seeds, wrong
+from test_kernels import CASES
 from torch import nn
 from torch.nn.utils import parametrize
 
 from deco_kernels import AvgPoolProjector, FusedAvgPoolProjector
-from deco_kernels.check import CASES, case_errors
+from deco_kernels.check import case_errors
 from deco_kernels.measure import saved_bytes
 
 
@@ -18,11 +20,12 @@ def pair(layer_num=2, query_num=4, channels=8, features=12):
     return oracle, FusedAvgPoolProjector.from_reference(oracle)
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@numeric
+@pytest.mark.parametrize("name", ["overlapping", "unaligned", "upsampling"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_error_on_the_cpu_is_at_most_eager(case, dtype):
-    found = case_errors(case, dtype, torch.device("cpu"), "auto")
-    assert all(e.within() for e in found), found
+def test_error_on_the_cpu_is_at_most_eager(name, dtype):
+    found = case_errors(CASES[name], dtype, torch.device("cpu"), "auto", seeds())
+    assert not wrong(found)
 
 
 @pytest.mark.parametrize(
@@ -231,7 +234,8 @@ def test_global_hooks_see_what_they_see_in_the_reference():
         fused(torch.randn(1, 16, 8))
     finally:
         handle.remove()
-    assert (plan.path, plan.reason) == ("modules", "a global module hook is registered")
+    assert plan.path == "modules"
+    assert plan.reason.startswith("the global module hook test_projector.")
     assert seen == [*want, fused]
 
 

@@ -8,7 +8,6 @@ import torch
 import torch.nn.functional as F
 
 from deco_kernels import Stencil, pool
-from deco_kernels.stencil.geometry import options
 
 ADAPTIVE = (F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d)
 FIXED = (F.avg_pool1d, F.avg_pool2d, F.avg_pool3d)
@@ -228,7 +227,11 @@ def test_tables_are_built_once_per_geometry_device_and_dtype():
 
 
 def test_names_tell_the_grids():
-    assert options(Stencil.adaptive((24, 24), (12, 8)).geometry)[1:3] == ((24, 24), (12, 8))
+    assert Stencil.adaptive((24, 24), (12, 8)).geometry == "adaptive 24x24 12x8"
+    assert Stencil.bilinear((5,), (3,), True).geometry == "bilinear 5 3 corners"
+    fixed = Stencil.fixed((6, 8), 3, 2, 1, True, False)
+    assert fixed.geometry == "fixed 6x8 4x5 3x3 2x2 1x1 ceil exclude"
+    assert Stencil.identity(3).geometry == "identity 3"
 
 
 BAD = {

@@ -113,7 +113,7 @@ def test_every_form_of_a_product_is_compiled():
 @pytest.mark.skipif(triton.knobs.runtime.interpret, reason="the interpreter compiles nothing")
 def test_a_candidate_is_compiled_and_its_problems_told():
     """256 sums a thread do not fit into 255 registers; of another kernel, nobody asks."""
-    case, config = "bf16 pool 576->1", Config({"PM": 8, "PK": 1024}, num_warps=1, num_stages=1)
+    case, config = "bf16 pool 576->64", Config({"PM": 8, "PK": 1024}, num_warps=1, num_stages=1)
     (problem,) = search._problems(case, 80, "pool", 2, config)
     assert re.fullmatch(rf"spills [1-9]\d* bytes in {case}", problem)
     with table.override("pool", 2, config):
@@ -132,6 +132,7 @@ def compiler(monkeypatch):
 
     monkeypatch.setattr(search, "_problems", problems)
     monkeypatch.setattr(jit, "problem", lambda arch: None)
+    monkeypatch.setattr(search.verbs, "unfenced", lambda arch: None)
     serial = nullcontext(SimpleNamespace(map=map))
     monkeypatch.setattr(search, "ProcessPoolExecutor", lambda *_, **__: serial)
     return told

@@ -6,7 +6,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from machines import simulated
+from machines import require_products, simulated
 from ptxsim import run_triton
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -22,6 +22,7 @@ BF16 = torch.bfloat16
 
 def pool_linear_counts(arch, batch, channels, features):
     """One launch at 576 -> 144 tokens with GELU, as in training."""
+    require_products(arch)
     x, w = torch.randn(batch, 576, channels).to(BF16), torch.randn(features, channels).to(BF16)
     rows, _ = Stencil.adaptive((24, 24), (12, 12)).tables("cpu", torch.float32)
     with simulated(arch, race=False) as launches:
@@ -98,6 +99,7 @@ def conflicts(stats):
 
 @pytest.mark.parametrize("arch", [80, 90])
 def test_no_more_bank_conflicts_than_a_plain_matmul(arch):
+    require_products(arch)
     config = config_for("pool_linear", BF16, arch)
     tiles = {name: config.tiles[name] for name in ("BM", "BN", "BK")}
     m, n = tiles["BM"], tiles["BN"]
@@ -113,6 +115,8 @@ def test_no_more_bank_conflicts_than_a_plain_matmul(arch):
         num_stages=config.num_stages,
     )
     assert conflicts(pool_linear_counts(arch, 1, 256, n)) <= conflicts(plain)
+    if backend.unfenced(90):
+        return  # before 3.7 Triton's own sum over rows has some, once a tile: not in the loop
     dy, z = torch.randn(128, 256).to(BF16), torch.randn(128, 256).to(BF16)
     with simulated(arch) as launches:
         backend.dact_linear(dy, torch.randn(256, 256).to(BF16), z, True, True)
@@ -132,6 +136,8 @@ class Count(TorchDispatchMode):
         "empty_like",
         "new_empty",
         "zeros",
+        "reshape",
+        "numpy_T",
     )
 
     def __init__(self):
@@ -161,7 +167,7 @@ def test_launches_of_a_training_step(record_property, trained_tower, bar):
         with Count() as forward:
             y = fused(x)
         assert launches == ["pool_linear_kernel"]
-        assert forward.names == ["addmm"]
+        assert forward.names == ["linear"]  # of contiguous tokens: one addmm
         launches.clear()
         with Count() as backward:
             torch.autograd.grad(y, [p for p in (x, *fused.parameters()) if p.requires_grad], dy)

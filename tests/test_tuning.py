@@ -3,14 +3,16 @@
 import json
 import os
 import re
+import shutil
 import warnings
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from machines import simulated
 
-from deco_kernels import FusedAvgPoolProjector, Stencil, backends, extension, ops, tune
+from deco_kernels import FusedAvgPoolProjector, Stencil, backends, extension, tune
 from deco_kernels.backends import Choice
 from deco_kernels.check import float32_matmul
 from deco_kernels.kernels.launch import Chip
@@ -52,6 +54,7 @@ def gpu(monkeypatch, tmp_path):
 
     monkeypatch.setenv("DECO_KERNELS_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.setattr(backends, "preferred", lambda device, dtype: Choice("triton", "it is here"))
+    monkeypatch.setattr(backends.triton, "unfenced", lambda arch: None)  # whatever Triton is here
     become()
     yield become
     for kept in (chips.figures_of, cache.load, decide.ranking):
@@ -164,12 +167,13 @@ def test_float32_by_ieee_rules_has_nothing_to_choose(gpu):
 def test_the_operators_run_what_wins(monkeypatch, winner):
     monkeypatch.setattr(backends, "fastest", lambda device, call: Choice(winner, "of a test"))
     monkeypatch.setattr(backends, "preferred", lambda device, dtype: Choice("triton", "of a test"))
-    table = Stencil.adaptive((4, 4), (2, 2)).tables("cpu", torch.float32)[0]
+    places = Stencil.adaptive((4, 4), (2, 2)).places(torch.device("cpu"), torch.half)
     x, w, z = (torch.randn(*s).half() for s in ((2, 16, 64), (64, 64), (8, 64)))
     with simulated(80) as launches:
-        p, _, g = ops.pool_linear(x, table, w, None, "gelu", True, None, "auto")
-        _, again, _ = ops.dact_linear(z, w, z, True, True, "auto")
-        pooled = ops.pool(x, table, torch.half, None, "auto")
+        operators = torch.ops.deco_kernels
+        p, _, g = operators.pool_linear(x, *places, w, None, None, "gelu", True, None, "auto")
+        _, again, _ = operators.dact_linear(z, w, z, True, True, "auto")
+        pooled = operators.pool(x, *places, False, torch.half, "auto")
     kernels = [stats.kernel.removesuffix("_kernel") for stats in launches]
     assert (
         kernels
@@ -253,6 +257,23 @@ def test_environments_share_a_folder(gpu, monkeypatch):
     assert cache.load(0) == {}
     cache.store(0, {BUCKET: {"eager": 5.0}})
     assert len(list(cache.folder().glob("*.json"))) == 2
+
+
+@pytest.mark.parametrize("folder", [Path(cache.kernels.__file__).parent, extension.folder()])
+def test_other_kernels_have_not_been_measured(gpu, monkeypatch, tmp_path, folder):
+    """Of a checkout the version stays the same while its kernels change."""
+    cache.store(0, {BUCKET: TIMES})
+    copy = tmp_path / folder.name
+    shutil.copytree(folder, copy)
+    with next(copy.glob("pool_linear.*")).open("a") as file:
+        file.write("\n")
+    if folder == extension.folder():
+        monkeypatch.setattr(extension, "folder", lambda: copy)
+    else:
+        monkeypatch.setattr(cache.kernels, "__file__", str(copy / "__init__.py"))
+    monkeypatch.setattr(cache, "_kernels", cache._kernels.__wrapped__)
+    cache.load.cache_clear()
+    assert cache.load(0) == {}
 
 
 def test_without_a_home_nothing_was_measured(gpu, monkeypatch):

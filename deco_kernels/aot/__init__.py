@@ -26,7 +26,8 @@ class Row:
     ``spill_bytes`` is the stack frame of a thread. These kernels keep no arrays, so all of it is
     spilled registers, and it is 0 exactly where ptxas reports no spill. ``shared_bytes`` and
     ``shared_limit`` count a thread block, ``registers`` a thread. ``tensor_core`` is the family of
-    instructions of its matrix products: "mma.sync", "wgmma", "tcgen05", or None.
+    instructions of its matrix products: "mma.sync", "wgmma", "tcgen05", or None. ``compiler`` is
+    who compiled it, such as "Triton 3.8.0".
     """
 
     kernel: str
@@ -39,6 +40,7 @@ class Row:
     shared_limit: int
     tensor_core: str | None
     case: str
+    compiler: str
 
     @property
     def problems(self) -> list[str]:
@@ -89,13 +91,13 @@ def table(archs: Sequence[int] | None = None) -> Table:
         by_problem: dict[str | None, list[int]] = {}
         for arch in default if archs is None else archs:
             if arch >= default[0]:
-                by_problem.setdefault(_problem(backend, arch), []).append(arch)
+                by_problem.setdefault(problem(backend, arch), []).append(arch)
         possible = by_problem.pop(None, [])
         if possible:
             parts.append((import_module(f".{backend}", __name__), possible))
-        for problem, without in by_problem.items():
+        for why, without in by_problem.items():
             only = f" for {', '.join(f'sm_{arch}' for arch in without)}" if possible else ""
-            notes.append(f"{_NAMES[backend]} kernels are not listed{only}: {problem}")
+            notes.append(f"{_NAMES[backend]} kernels are not listed{only}: {why}")
     if not parts:
         raise RuntimeError("; ".join(notes))
     steps = chain.from_iterable(module.steps(possible) for module, possible in parts)
@@ -103,7 +105,7 @@ def table(archs: Sequence[int] | None = None) -> Table:
     return Table(steps, total, notes)
 
 
-def _problem(backend: str, arch: int) -> str | None:
+def problem(backend: str, arch: int) -> str | None:
     """Why a backend's kernels cannot be compiled here for ``arch``; None if they can."""
     try:
         module = import_module(f".{backend}", __name__)

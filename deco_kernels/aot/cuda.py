@@ -115,6 +115,7 @@ def rows(done: Compiled, arch: int) -> list[Row]:
             shared_limit=SHARED_LIMIT[arch],
             tensor_core=core,
             case=case,
+            compiler=f"nvcc {extension.cuda_version(extension.nvcc())}",
         )
         found.append(row)
     return found

@@ -9,6 +9,7 @@ from functools import partial
 
 import triton
 
+from ..backends import triton as verbs
 from ..check import float32_matmul
 from ..kernels.launch import Chip, Config, stand_in
 from ..tuning import rank, table
@@ -62,9 +63,10 @@ def verdicts() -> Iterator[Verdict]:
         RuntimeError: nothing can be compiled here, or no candidate ships.
     """
     archs = sorted({chip.arch for chip in CHIPS.values()})
-    reason = jit.problem(archs[0])
-    if reason:
-        raise RuntimeError(reason)
+    for arch in archs:
+        reason = jit.problem(arch) or verbs.unfenced(arch)
+        if reason:
+            raise RuntimeError(reason)
     cases = {(kernel, size): forms(kernel, size) for kernel in rank.RANKED for size in rank.DTYPES}
     workers = min(os.cpu_count() or 1, jit.MOST_WORKERS)
     # Not forked: torch has threads by now.

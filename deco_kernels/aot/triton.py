@@ -20,6 +20,7 @@ from ..backends import triton as verbs
 from ..check import float32_matmul
 from ..kernels.launch import Chip, Config, stand_in
 from ..stencil import Stencil
+from ..tuning.table import made_with
 from . import SHARED_LIMIT, Row, Step, tensor_core
 
 
@@ -37,11 +38,14 @@ def _meta(*shape: int, dtype: torch.dtype) -> torch.Tensor:
 
 
 Geometry = tuple[tuple[int, int], tuple[int, int]]
+# Windows are compiled whole or for any T, see compiled_window: backward a token is in one window of
+# the first two, and in up to 4 of the last.
 REGULAR: Geometry = (24, 24), (12, 12)  # windows of 4 tokens
-RAGGED: Geometry = (27, 27), (14, 14)  # up to 9 tokens, overlapping; a token is in up to 4 windows
-GLOBAL: Geometry = (24, 24), (1, 1)
+THIRDS: Geometry = (24, 24), (8, 8)  # of 9 tokens
+RAGGED: Geometry = (27, 27), (14, 14)  # of up to 9 tokens, overlapping
 BATCH, CHANNELS, FEATURES = 8, 1024, 4096
 
+COMPILER = f"Triton {triton.__version__}"
 MOST_WORKERS = 8  # a worker holds about a gigabyte
 
 
@@ -110,12 +114,12 @@ def cases() -> dict[str, Callable[[], None]]:
             f"{name} pool 576->144 backward": partial(pool, REGULAR, backward=True),
             f"{name} pool 729->196": partial(pool, RAGGED),
             f"{name} pool 729->196 backward": partial(pool, RAGGED, backward=True),
-            f"{name} pool 576->1": partial(pool, GLOBAL),
+            f"{name} pool 576->64": partial(pool, THIRDS),
             f"{product} linear 576->144": partial(linear, REGULAR, None, True),
             f"{product} gelu 576->144": partial(linear, REGULAR, "gelu", True),
             f"{product} gelu 576->144 inference": partial(linear, REGULAR, "gelu", False),
             f"{product} gelu 729->196": partial(linear, RAGGED, "gelu", True),
-            f"{product} gelu 576->1": partial(linear, GLOBAL, "gelu", True),
+            f"{product} gelu 576->64": partial(linear, THIRDS, "gelu", True),
             f"{product} act linear 576->144": partial(linear, REGULAR, None, True, "gelu"),
             f"{product} act linear 729->196": partial(linear, RAGGED, None, True, "gelu_tanh"),
             f"{name} act pool backward": partial(_dact_pool, dtype, RAGGED, "gelu"),
@@ -178,8 +182,7 @@ def compiled(case: str, arch: int) -> list[Compiled]:
     def compile_launch(
         kernel: Any, grid: tuple[int, ...], config: Config, args: dict[str, Any]
     ) -> None:
-        options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
-        binary = kernel.warmup(grid=grid, **args, **config.tiles, **options)
+        binary = kernel.warmup(grid=grid, **args, **config.tiles, **config.options)
         found.append(Compiled(kernel.__name__.removesuffix("_kernel"), config, binary))
 
     chip = Chip(arch, sms=1)  # sms is for the size of the grid
@@ -213,6 +216,7 @@ def rows(case: str, arch: int) -> list[Row]:
             shared_limit=SHARED_LIMIT[arch],
             tensor_core=tensor_core(ptx),
             case=case,
+            compiler=COMPILER,
         )
         found.append(row)
     return found
@@ -229,4 +233,13 @@ def steps(archs: Sequence[int]) -> Iterator[Step]:
     # Not forked: torch has threads by now.
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, mp_context=context) as pool:
-        yield from map(Step, pool.map(rows, *zip(*tasks, strict=True)))
+        for i, found in enumerate(pool.map(rows, *zip(*tasks, strict=True))):
+            yield Step(found, "" if i else said_of(archs))
+
+
+def said_of(archs: Sequence[int]) -> str:
+    """Which Triton compiles, whether the tiles were chosen with it, and what it must not do."""
+    lines = [f"Triton kernels by {COMPILER}, tiles chosen with Triton {made_with()}"]
+    refused = {arch: verbs.unfenced(arch) for arch in archs}
+    lines += [f"sm_{arch}: no products: {reason}" for arch, reason in refused.items() if reason]
+    return "\n".join(lines)

@@ -27,6 +27,9 @@ class Choice(NamedTuple):
     reason: str
 
 
+_ON_CPU = Choice("eager", "the tokens are on the CPU")
+
+
 def get(backend: str) -> ModuleType:
     """The module with the verbs ``pool``, ``dact_pool``, ``pool_linear`` and ``dact_linear``."""
     return _MODULES[backend]
@@ -50,6 +53,8 @@ def choose(backend: str, device: torch.device, dtype: torch.dtype) -> Choice:
     """
     if backend == "eager":
         return Choice("eager", "asked for")
+    if backend == "auto" and device.type == "cpu":
+        return _ON_CPU
     check_backend(backend)
     if backend != "auto":
         problem = unusable(backend, device, dtype)
@@ -67,7 +72,7 @@ def choose(backend: str, device: torch.device, dtype: torch.dtype) -> Choice:
 def preferred(device: torch.device, dtype: torch.dtype) -> Choice:
     """Whose kernels "auto" takes for tensors of a device and dtype, if they can be built."""
     if device.type == "cpu":
-        return Choice("eager", "the tokens are on the CPU")
+        return _ON_CPU
     problems = []
     for name in ("triton", "cuda"):
         problem = unusable(name, device, dtype)
@@ -84,8 +89,9 @@ def fastest(device: torch.device, call: Call) -> Choice:
     """
     kernels = preferred(device, call.dtype).backend
     if kernels == "eager" or not get(kernels).fuses(device, call.dtype):
-        # All that is ours in float32 by IEEE rules is the pooling and the elementwise kernels.
-        return Choice(kernels, f"only {kernels} has kernels for it")
+        # All that is ours there is the pooling and the elementwise kernels.
+        unfenced = triton.no_products(device) if kernels == "triton" else None
+        return Choice(kernels, unfenced or f"only {kernels} has kernels for it")
     order, reason = ranking(device.index, kernels, call)
     for backend in order:
         if _runs(backend, device, kernels, call.dtype):

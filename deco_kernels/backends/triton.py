@@ -2,6 +2,7 @@
 
 import torch
 
+from .. import host
 from ..kernels.launch import Config, chip_of, standing_in
 from ..stencil import Table
 from ..tuning import config_for
@@ -32,14 +33,38 @@ def unusable(device: torch.device, dtype: torch.dtype) -> str | None:
         if torch.version.hip is not None:
             return "AMD GPUs are not supported"
         arch = chip_of(device).arch
-        return None if arch >= 80 else f"compute capability {arch / 10} is below 8.0"
+        return host.triton_lacks() if arch >= 80 else f"compute capability {arch / 10} is below 8.0"
     if device.type == "cpu" and triton.knobs.runtime.interpret:
         return "Triton's interpreter computes bfloat16 wrongly" if dtype == torch.bfloat16 else None
     return f"it needs a CUDA device, the tokens are on {device.type}"
 
 
+def unfenced(arch: int) -> str | None:
+    """Why this Triton must not multiply matrices on ``arch``; None if it may.
+
+    wgmma and tcgen05 read shared memory in another way than cp.async writes it, and want a fence
+    between them. Triton has it since 3.7; before, a tile may be multiplied before it is there.
+    """
+    if _missing or not 90 <= arch < 120:
+        return None
+    major, minor, *_ = triton.__version__.split(".")
+    if (int(major), int(minor)) >= (3, 7):
+        return None
+    return (
+        f"Triton {triton.__version__} puts no fence between loads and products for compute"
+        f" capability {arch / 10}, 3.7 and later do"
+    )
+
+
+def no_products(device: torch.device) -> str | None:
+    """Why products are cuBLAS's on ``device``, of whatever dtype; None if they may run here."""
+    return unfenced(chip_of(device).arch)
+
+
 def fuses(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether matrix products run in these kernels; float32 by IEEE rules is cuBLAS's."""
+    if no_products(device):
+        return False
     return dtype.itemsize == 2 or torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 

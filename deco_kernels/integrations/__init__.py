@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from ..backends import check_backend
-from ..plain import hooked_globally
-from ..projector import Plan
+from ..private import foreign_global_hook
+from ..projector import FusedAvgPoolProjector, Plan
 from . import models, packed, projectors
 from .swap import Found, as_fused, kind_of, swap, swap_back
 
@@ -110,15 +110,25 @@ def unfuse(model: nn.Module) -> Fusion:
 def explain(model: nn.Module) -> dict[str, Plan]:
     """Which way everything that :func:`fuse` replaced takes with its layers as they are, and why.
 
-    The path is "fused" or "stock" (the module's original code). Weights that are gathered for a
-    call only, as by FSDP2 around a module, are "partitioned" before it, though the call is fused.
+    And so of every :class:`FusedAvgPoolProjector`. The path is "fused", "stock" (the module's
+    original code), another of :class:`Plan`, or "refused" where a call would be an error. Weights
+    that are gathered for a call only, as by FSDP2 around a module, are "partitioned" before it,
+    though the call is fused; ``last`` says what the last call did.
 
     Raises:
         TypeError: ``model`` is not a module.
     """
     _check_module(model)
-    fused = ((name, m, kind_of(m)) for name, m in model.named_modules())
-    return {name: kind.plan(module) for name, module, kind in fused if kind is not None}
+    found = {}
+    for name, module in model.named_modules():
+        kind = kind_of(module)
+        if kind is None and not isinstance(module, FusedAvgPoolProjector):
+            continue
+        try:
+            found[name] = module.explain() if kind is None else kind.plan(module)
+        except (TypeError, ValueError, RuntimeError) as error:
+            found[name] = Plan("none", "refused", str(error))
+    return found
 
 
 def _find(module: nn.Module) -> Found | None:
@@ -134,11 +144,9 @@ def _find(module: nn.Module) -> Found | None:
             found = Found(f"it cannot be tried out: {type(error).__name__}: {error}")
         if found is None:
             continue
-        problem = None
+        problem = foreign_global_hook()
         if "forward" in module.__dict__:
             problem = "its forward is replaced on the instance"
-        elif hooked_globally():
-            problem = "a global module hook is registered"
         if problem:
             found = found._replace(what=problem, kind=None)
         return found._replace(owned=tuple(module.modules())) if kind in PROJECTORS else found

@@ -16,6 +16,7 @@ from .swap import (
     Kind,
     changed,
     disagreement,
+    note,
     random_tokens,
     simple_values,
     stand_in,
@@ -34,7 +35,7 @@ class PooledByModel(Kind):
 
     projector = "mm_projector"
     through_get_model = True
-    how = "pools before the last layer of the projector"
+    how = "pools before the last layer of the projector (inside torch.compile: the stock code)"
     pool: str
     entries: tuple[str, ...]
 
@@ -47,6 +48,7 @@ class PooledByModel(Kind):
         def entry(self, *args, **kwargs):
             stock = getattr(original, name)
             last = cls.parts(self)
+            note(self, "stock")  # before it has pooled
             if isinstance(last, str) or torch.compiler.is_compiling():  # Dynamo knows no views
                 return stock(self, *args, **kwargs)
             projector = Projector(cls.module(self), last, state(self).backend)

@@ -7,12 +7,14 @@ import torch
 from torch import nn
 
 from .. import functional
+from ..plain import ordinary
 from ..stencil import Stencil
 from .swap import (
     Found,
     Kind,
     as_fused,
     disagreement,
+    note,
     parameter_names,
     random_tokens,
     stand_in,
@@ -80,7 +82,10 @@ class Unshuffle(OfTower):
     def methods(cls, original: type[nn.Module]) -> dict[str, Callable]:
         def pixel_unshuffle(self, hidden_states, grid_thw, merge_sizes):
             stencil = downsampling(grid_thw, merge_sizes)
-            if stencil is None or hidden_states.dim() != 2:
+            if hidden_states.dim() != 2 or not ordinary(hidden_states):
+                stencil = None
+            note(self, "stock" if stencil is None else "fused")
+            if stencil is None:
                 return original.pixel_unshuffle(self, hidden_states, grid_thw, merge_sizes)
             backend = state(self).backend
             return functional.pool(hidden_states[None], stencil, backend=backend)[0]
@@ -113,6 +118,7 @@ class Encoder(OfTower):
     def methods(cls, original: type[nn.Module]) -> dict[str, Callable]:
         def forward(self, pixel_values, grid_sizes, merge_sizes=None):
             stencil = downsampling(grid_sizes, merge_sizes)
+            note(self, "stock" if stencil is None else "fused")
             if stencil is None:
                 return original.forward(self, pixel_values, grid_sizes, merge_sizes)
             x = self.encoder(self.embeddings(pixel_values), grid_sizes, merge_sizes)

@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..checks import whole_root
 from ..functional import autocast_dtype
-from ..plain import difference, plain
+from ..plain import difference, ordinary, plain
 from ..projector import FusedAvgPoolProjector, changed_sampler, project, unreadable
 from ..stencil import Stencil
 from . import tail
@@ -18,6 +19,7 @@ from .swap import (
     as_fused,
     changed,
     disagreement,
+    note,
     parameter_names,
     random_tokens,
     simple_values,
@@ -47,7 +49,9 @@ class OfTokens(PooledProjector):
             if len(args) + len(kwargs) == 1 and not isinstance(parts, str):
                 y = cls.fused(self, parts, x)
                 if y is not None:
+                    note(self, "fused")
                     return y
+            note(self, "stock")
             return original.forward(self, *args, **kwargs)
 
         return {"forward": forward}
@@ -207,6 +211,7 @@ class OfFrames(PooledAfter):
             layout = None
             if not isinstance(last, str):
                 layout = cls.layout(self, image_features, media_type, batch_size, num_videos)
+            note(self, "stock" if layout is None else "fused")
             if layout is None:
                 return original.forward(self, image_features, media_type, batch_size, num_videos)
             # Frames are repeated behind the first layer: it need not see one of them twice.
@@ -228,7 +233,9 @@ class OfFrames(PooledAfter):
 
         None where the original class has to say what is wrong.
         """
-        if not isinstance(x, torch.Tensor) or x.dim() != 3 or media_type not in ("video", "image"):
+        if not isinstance(x, torch.Tensor) or not ordinary(x) or x.dim() != 3:
+            return None
+        if media_type not in ("video", "image"):
             return None
         if type(batch_size) is not int or type(num_videos) is not int:
             return None
@@ -256,11 +263,12 @@ def _square(x: object, first: nn.Linear) -> tuple[int, int] | None:
     weight = first._parameters["weight"]
     if not isinstance(x, torch.Tensor) or x.dim() != 3 or x.shape[2] != weight.shape[1]:
         return None
+    if not ordinary(x):
+        return None
     if x.device != weight.device or (x.dtype != weight.dtype and autocast_dtype(x) is None):
         return None
-    tokens = len(range(x.shape[1]))  # torch.compile: tokens are constant
-    side = math.isqrt(tokens)
-    return (side, side) if side and side * side == tokens else None
+    side = whole_root(x.shape[1])
+    return (side, side) if side and side * side == x.shape[1] else None
 
 
 def _more_than(module: nn.Module, children: set[str]) -> str | None:

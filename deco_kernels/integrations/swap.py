@@ -5,6 +5,7 @@ import copyreg
 import inspect
 from collections import OrderedDict
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cache, wraps
 from typing import Any, NamedTuple
 
@@ -19,11 +20,16 @@ _SIMPLE = (int, float, bool, str, type(None))
 _OF_EVERY_MODULE = frozenset(nn.Module().__dict__)
 
 
-class State(NamedTuple):
-    """What a fused module remembers: the backend, and what ``fuse`` saw that must not change."""
+@dataclass
+class State:
+    """What a fused module remembers.
+
+    The backend, what ``fuse`` saw that must not change, and the path of the last call.
+    """
 
     backend: str
     seen: Any
+    last: str | None = None
 
 
 class Found(NamedTuple):
@@ -64,13 +70,13 @@ class Kind:
     @classmethod
     def plan(cls, module: nn.Module) -> Plan:
         """Which way the next call of a fused module takes."""
-        parts = cls.parts(module)
+        parts, remembered = cls.parts(module), state(module)
         if isinstance(parts, str):
-            return Plan("eager", "stock", parts)
+            return Plan("eager", "stock", parts, remembered.last)
         parameters = (p for m in (*cls.owned(module), module) for p in m.parameters())
         like = next(parameters, torch.empty(0))
-        backend = choose(state(module).backend, like.device, like.dtype).backend
-        return Plan(backend, "fused", cls.how)
+        backend = choose(remembered.backend, like.device, like.dtype).backend
+        return Plan(backend, "fused", cls.how, remembered.last)
 
     @classmethod
     def owned(cls, module: nn.Module) -> tuple[nn.Module, ...]:
@@ -108,7 +114,15 @@ def fused_class(kind: type[Kind], original: type[nn.Module]) -> type[nn.Module]:
     body = {"deco_kind": kind, "deco_original": original, "__doc__": original.__doc__}
     for name, method in kind.methods(original).items():
         body[name] = wraps(getattr(original, name))(method)
-    return subclass(original, Swapped, body)
+
+    @wraps(original.__init__)
+    def __init__(self, *args, **kwargs):
+        original.__init__(self, *args, **kwargs)
+        if type(self) is made:  # by type(model)(config), as copies of averaged weights are
+            self.__class__ = original
+
+    made = subclass(original, Swapped, body | {"__init__": __init__})
+    return made
 
 
 def subclass(original: type, mixin: type, body: dict[str, Any]) -> type:
@@ -124,6 +138,12 @@ def kind_of(module: nn.Module) -> type[Kind] | None:
 
 def state(module: nn.Module) -> State:
     return module.__dict__[ATTRIBUTE]
+
+
+def note(module: nn.Module, path: str) -> None:
+    """Remember which way this call went; a graph of torch.compile has no memory."""
+    if not torch.compiler.is_compiling():
+        state(module).last = path
 
 
 def swap(module: nn.Module, found: Found, backend: str) -> None:

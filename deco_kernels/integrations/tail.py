@@ -6,7 +6,8 @@ import torch
 from torch import nn
 
 from .. import functional
-from ..plain import difference, hooked_globally, materialised, plain
+from ..plain import difference, materialised, plain
+from ..private import foreign_global_hook
 from ..stencil import Stencil
 from .swap import random_tokens
 
@@ -85,8 +86,9 @@ def read(mlp: nn.Module, seen: tuple[type, ...] | None = None) -> Tail | str:
         mlp: a module that :func:`layers` knows.
         seen: the types that its layers must have.
     """
-    if hooked_globally():
-        return "a global module hook is registered"
+    problem = foreign_global_hook()
+    if problem:
+        return problem
     found = layers(mlp)
     if found is None or not len(found) % 2:
         return "it does not end with a linear layer"

@@ -16,7 +16,8 @@ import torch
 from torch import nn
 
 from ..functional import autocast_dtype
-from .swap import subclass
+from ..private import transforms_active
+from .swap import note, subclass
 from .tail import Tail
 from .unfinished import Modes, Unfinished
 
@@ -36,7 +37,7 @@ class Projector:
         if (
             type(z) not in (torch.Tensor, nn.Parameter)  # sharded, fake or the like
             or getattr(self._tail.act, "inplace", False)
-            or torch._C._are_functorch_transforms_active()
+            or transforms_active()
         ):
             return self._tail.whole(z)
         modes = Modes(
@@ -98,6 +99,7 @@ def _pool_method(stock: Callable, kind: type) -> Callable:
             stencil = kind.stencil(self, stock, features.shape[1], *given.args[2:], **given.kwargs)
             pooled = None if stencil is None else features.pooled(stencil)
             if pooled is not None:
+                note(self, "fused")
                 return pooled
         return stock(self, *args, **kwargs)
 

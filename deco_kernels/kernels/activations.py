@@ -1,4 +1,10 @@
-"""Activations and their derivatives, elementwise on float32 blocks."""
+"""Activations and their derivatives, elementwise on float32 blocks.
+
+At the edges they are what torch's float32 gives: for every finite z a finite number, and at
+infinities inf, and NaN where torch has 0 * inf: the value at -inf and the slope at either. One
+difference: torch's slope of gelu_tanh is NaN from where z squared overflows, 1.8e19; here it is 1
+or 0, as it is below.
+"""
 
 import triton
 import triton.language as tl
@@ -43,7 +49,7 @@ def gate(z, ACT: tl.constexpr):
     """The activations ``z * sigmoid(h(z))``: the sigmoid, and the derivative of h."""
     tl.static_assert(ACT == "gelu_tanh" or ACT == "silu" or ACT == "quick_gelu")
     if ACT == "gelu_tanh":  # 0.5 (1 + tanh(u)) = sigmoid(2u), u = sqrt(2 / pi) (z + 0.044715 z^3)
-        square = z * z
+        square = tl.minimum(z * z, 1e30)  # finite, so that 0 times the slope is 0
         h = z * (1.5957691216057308 + 0.07135481282553 * square)
         slope = 1.5957691216057308 + 0.21406443847659 * square
     elif ACT == "quick_gelu":
@@ -69,5 +75,5 @@ def act_slope(z, ACT: tl.constexpr, EXACT: tl.constexpr):
         _, dy = gelu_and_slope(z, EXACT)
     else:
         s, slope = gate(z, ACT)
-        dy = s + z * slope * s * (1.0 - s)
+        dy = s + slope * s * (1.0 - s) * z  # z comes last: times a slope it may be infinite
     return dy

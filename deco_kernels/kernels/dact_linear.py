@@ -63,15 +63,16 @@ def dact_linear_kernel(
     panel, column = first + place % height, place // height
 
     rm, rn, rk = panel * BM + tl.arange(0, BM), column * BN + tl.arange(0, BN), tl.arange(0, BK)
-    dy += rm.to(tl.int64)[:, None] * stride_dym + rk[None, :] * stride_dyk
-    w += rk.to(tl.int64)[:, None] * stride_wk + rn[None, :] * stride_wn
+    dy += rm.to(tl.int64)[:, None] * stride_dym + rk.to(tl.int64)[None, :] * stride_dyk
+    w += rk.to(tl.int64)[:, None] * stride_wk + rn.to(tl.int64)[None, :] * stride_wn
+    step = tl.full([], BK, tl.int64)
     acc = tl.zeros([BM, BN], dtype=tl.float32)
     for k in range(0, K, BK):
         a = tl.load(dy, mask=(rm < M)[:, None] & (rk < K - k)[None, :], other=0.0)
         b = tl.load(w, mask=(rk < K - k)[:, None] & (rn < N)[None, :], other=0.0)
         acc = tl.dot(a, b, acc, input_precision=PRECISION)
-        dy += BK * stride_dyk
-        w += BK * stride_wk
+        dy += step * stride_dyk
+        w += step * stride_wk
     # In halves or more: z, gelu, slope and dz of a whole tile do not fit into the registers.
     PIECE: tl.constexpr = 128 * 64 if BM * BN > 128 * 64 else BM * BN // 2
     epilogue(acc, z, dz, g, sums, panel, rm, column * BN, M, N, PIECE)

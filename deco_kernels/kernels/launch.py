@@ -17,6 +17,12 @@ class Config:
     num_warps: int
     num_stages: int
 
+    @property
+    def options(self) -> dict[str, Any]:
+        """For Triton; whose default for fused multiply-adds is on before 3.10, and then off."""
+        how = {"num_warps": self.num_warps, "num_stages": self.num_stages}
+        return {**how, "enable_fp_fusion": True}
+
     def __str__(self) -> str:
         tiles = " ".join(f"{name}={size}" for name, size in self.tiles.items())
         return f"{tiles} warps={self.num_warps} stages={self.num_stages}"
@@ -36,7 +42,7 @@ Launch = Callable[..., None]  # (kernel, grid, config, arguments by name)
 def _launch_on_device(
     kernel: Any, grid: tuple[int, ...], config: Config, args: dict[str, Any]
 ) -> None:
-    kernel[grid](**args, **config.tiles, num_warps=config.num_warps, num_stages=config.num_stages)
+    kernel[grid](**args, **config.tiles, **config.options)
 
 
 _stand_in: tuple[Chip, Launch] | None = None

@@ -15,7 +15,7 @@ import triton.language as tl
 
 from .activations import gelu
 from .launch import Config, chip_of, launch
-from .pool import gather
+from .pool import aligned, compiled_window, gather
 from .tile import halves
 from .workspace import workspace_for
 
@@ -32,11 +32,12 @@ def pool_task(
     M,
     MO,
     K,
+    T,
     stride_xb,
     stride_xn,
     stride_xk,
-    T: tl.constexpr,
-    RAGGED: tl.constexpr,
+    WINDOW: tl.constexpr,
+    ALIGNED: tl.constexpr,
     ACT: tl.constexpr,
     PM: tl.constexpr,
     PK: tl.constexpr,
@@ -45,8 +46,9 @@ def pool_task(
     for k in tl.range(0, K, PK, num_stages=1):
         rk = k + tl.arange(0, PK)
         acc = gather(
-            x, index, weight, rm, rk, M, MO, K, stride_xb, stride_xn, stride_xk, T, RAGGED, ACT
-        )
+            x, index, weight, rm, rk,
+            M, MO, K, T, stride_xb, stride_xn, stride_xk, WINDOW, ALIGNED, ACT,
+        )  # fmt: skip
         out = p + rm.to(tl.int64)[:, None] * K + rk[None, :]
         tl.store(out, acc.to(p.dtype.element_ty), mask=(rm < M)[:, None] & (rk < K)[None, :])
 
@@ -95,19 +97,22 @@ def gemm_task(
     # Rows past the end are masked, not wrapped: panel 0's rows may not have been waited for.
     rows, columns = (rm < M)[:, None], (rn < N)[None, :]
     p += rm.to(tl.int64)[:, None] * K + rk[None, :]
-    w += rn.to(tl.int64)[None, :] * stride_wn + rk[:, None] * stride_wk
+    w += rn.to(tl.int64)[None, :] * stride_wn + rk.to(tl.int64)[:, None] * stride_wk
+    stride = tl.cast(stride_wk, tl.int64)
     acc = tl.zeros([BM, BN], dtype=tl.float32)
     for k in range(0, K, BK):
         a = tl.load(p + k, mask=rows & (rk < K - k)[None, :], other=0.0)
-        b = tl.load(w + k * stride_wk, mask=(rk < K - k)[:, None] & columns, other=0.0)
+        b = tl.load(w + k * stride, mask=(rk < K - k)[:, None] & columns, other=0.0)
         acc = tl.dot(a, b, acc, input_precision=PRECISION)
-    # More sums than 128 x 128 do not fit into the registers with bias, GELU and addresses: in
-    # pieces. Halves of just 128 x 128 would make ptxas aim at 128 registers on sm_100, and spill.
-    PIECE: tl.constexpr = 128 * 128 if BM * BN <= 128 * 128 else 128 * 64
+    # In pieces, as sums do not fit into the registers with bias, GELU and addresses: more than 128
+    # x 128, and 64 x 128 by Triton 3.5, for which ptxas aims at 168 registers. Halves of just 128 x
+    # 128 would make it aim at 128 of them on sm_100, and spill.
+    HALF: tl.constexpr = 128 * 64 if BM * BN > 128 * 64 else BM * BN // 2
+    PIECE: tl.constexpr = BM * BN if BM == BN else HALF
     epilogue(acc, bias, z, g, rm, column * BN, M, N, PIECE)
 
 
-@triton.jit(do_not_specialize=["M", "MO", "panels", "lead"])
+@triton.jit(do_not_specialize=["M", "MO", "T", "panels", "lead", "stride_xb"])
 def pool_linear_kernel(
     x,  # [B, n_in, K] strided
     index,  # [MO, T]
@@ -122,6 +127,7 @@ def pool_linear_kernel(
     MO,
     N,
     K,
+    T,
     panels,
     lead,
     stride_xb,
@@ -129,8 +135,8 @@ def pool_linear_kernel(
     stride_xk,
     stride_wn,
     stride_wk,
-    T: tl.constexpr,
-    RAGGED: tl.constexpr,
+    WINDOW: tl.constexpr,
+    ALIGNED: tl.constexpr,
     ACT: tl.constexpr,
     PRECISION: tl.constexpr,
     PM: tl.constexpr,
@@ -159,7 +165,7 @@ def pool_linear_kernel(
         if slot < SLOTS:
             pool_task(
                 x, index, weight, p, panel * BM + slot * PM,
-                M, MO, K, stride_xb, stride_xn, stride_xk, T, RAGGED, ACT, PM, PK,
+                M, MO, K, T, stride_xb, stride_xn, stride_xk, WINDOW, ALIGNED, ACT, PM, PK,
             )  # fmt: skip
             tl.debug_barrier()  # all warps' rows are written before one thread raises the flag
             tl.atomic_add(flags + panel, 1, sem="release")
@@ -193,7 +199,7 @@ def pool_linear(
     act: str | None = None,
 ) -> None:
     """Fill ``p`` [B, MO, K] = S act(x), ``z`` [B, MO, N] = p wᵀ + bias and ``g`` = gelu(z)."""
-    (batch, tokens, channels), features, window = p.shape, w.shape[0], index.shape[1]
+    (batch, tokens, channels), features = p.shape, w.shape[0]
     m, tiles = batch * tokens, config.tiles
     panels, slots = triton.cdiv(m, tiles["BM"]), tiles["BM"] // tiles["PM"]
     tasks = panels * (slots + triton.cdiv(features, tiles["BN"]))
@@ -216,6 +222,7 @@ def pool_linear(
         MO=tokens,
         N=features,
         K=channels,
+        T=index.shape[1],
         panels=panels,
         lead=min(panels, triton.cdiv(ctas, slots)),  # every CTA's first task is a pool task
         stride_xb=x.stride(0),
@@ -223,8 +230,8 @@ def pool_linear(
         stride_xk=x.stride(2),
         stride_wn=w.stride(0),
         stride_wk=w.stride(1),
-        T=window,
-        RAGGED=ragged,
+        WINDOW=compiled_window(index, ragged),
+        ALIGNED=aligned(x.stride(0), x.stride(1)),
         ACT=act,
         PRECISION=precision,
     )

@@ -1,30 +1,29 @@
 """Which tokens, which weights? Every pooling is a sparse matrix ``P = S X``; this is S."""
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
 from itertools import accumulate
 from math import prod
 
 import torch
-from torch.utils._python_dispatch import _disable_current_modes
 
 from ..checks import check_count
 from ..device import capturing, current_stream
-from . import geometry as names
+from . import geometry as grids
 from . import packed, positions
-from .kept import Kept
-from .table import CPU, Pair, Table, bytes_of, check_entries, concatenated, piece
+from .geometry import Geometry
+from .places import Places, of_grid, plain_mode
+from .table import CPU, Pair, Table, check_entries, concatenated, piece
 
-__all__ = ["Stencil", "Table"]
+__all__ = ["Places", "Stencil", "Table", "plain_mode"]
 
 
 class Stencil:
     """A pooling of ``n_in`` tokens to ``n_out`` tokens, as two gather tables.
 
     Build one with a constructor such as :meth:`Stencil.adaptive`. It is immutable. A stencil of one
-    grid is no more than a name; the tables of a name are built once and kept on every device that
-    asks for them. :meth:`packed`, :meth:`from_position_ids` and :meth:`concat` build their tables
+    grid is no more than a geometry; its tables are built once and kept on every device that asks
+    for them. :meth:`packed`, :meth:`from_position_ids` and :meth:`concat` build their tables
     at once, for the CPU, and must be called outside of a compiled function: pass it the stencil.
 
     Grids have one to three axes: (length,), (height, width) or (time, height, width). Their tokens
@@ -32,6 +31,7 @@ class Stencil:
 
     Attributes:
         geometry: the constructor and its arguments, as "adaptive 24x24 12x12".
+        grid: the geometry as numbers, of a stencil of one grid; None for any other.
         n_in: number of input tokens.
         n_out: number of output tokens.
         lengths: number of output tokens of every image of a pack, sample of a batch of position
@@ -41,24 +41,29 @@ class Stencil:
             tokens break it.
     """
 
-    __slots__ = ("_source", "_tables", "geometry", "lengths", "n_in", "n_out", "sums_to_one")
+    __slots__ = ("_source", "_tables", "_title", "grid", "lengths", "n_in", "n_out", "sums_to_one")
 
     def __init__(
         self,
-        geometry: str,
+        grid: Geometry | None,
         n_in: int,
         n_out: int,
         lengths: tuple[int, ...] | None = None,
         source: Callable[[torch.dtype], Pair] | None = None,
         sums_to_one: bool = True,
+        title: str = "",
     ) -> None:
-        """For the constructors; ``source`` makes the tables on the CPU if the name cannot."""
-        self.geometry, self.n_in, self.n_out = geometry, n_in, n_out
+        """For the constructors; without a grid ``source`` makes the tables on the CPU."""
+        self.grid, self._title, self.n_in, self.n_out = grid, title, n_in, n_out
         self.lengths, self.sums_to_one = lengths or (n_out,), sums_to_one
-        self._source, self._tables = source, None
+        self._source, self._tables = source, {}
         if source is not None:
-            with _plain():
-                self._tables = {(CPU, torch.float32, 0): source(torch.float32)}
+            with plain_mode():
+                self._tables[CPU, torch.float32, 0] = source(torch.float32)
+
+    @property
+    def geometry(self) -> str:
+        return self._title or str(self.grid)
 
     def __repr__(self) -> str:
         return f"Stencil({self.geometry}: {self.n_in} -> {self.n_out} tokens)"
@@ -95,13 +100,15 @@ class Stencil:
             TypeError, ValueError: a grid is not one to three positive integers, or they have not
                 as many axes, or more tokens than an int32 counts.
         """
-        grid_in = names.check_grid("grid_in", grid_in)
-        return cls.adaptive_checked(grid_in, names.check_grid("grid_out", grid_out, grid_in))
+        grid_in = grids.check_grid("grid_in", grid_in)
+        return cls.adaptive_checked(grid_in, grids.check_grid("grid_out", grid_out, grid_in))
 
     @classmethod
     def adaptive_checked(cls, grid_in: tuple[int, ...], grid_out: tuple[int, ...]) -> "Stencil":
         """:meth:`adaptive` for grids that a caller has checked."""
-        return cls._named(names.adaptive(grid_in, grid_out), grid_in, grid_out)
+        if torch.compiler.is_compiling():  # sizes that vary have no hash
+            return cls._of_grid(grids.adaptive(grid_in, grid_out))
+        return _adaptive(grid_in, grid_out)
 
     @classmethod
     def area(cls, grid_in: Sequence[int], grid_out: Sequence[int]) -> "Stencil":
@@ -120,9 +127,9 @@ class Stencil:
         Raises:
             TypeError, ValueError: as :meth:`adaptive`.
         """
-        grid_in = names.check_grid("grid_in", grid_in)
-        grid_out = names.check_grid("grid_out", grid_out, grid_in)
-        return cls._named(names.bilinear(grid_in, grid_out, align_corners), grid_in, grid_out)
+        grid_in = grids.check_grid("grid_in", grid_in)
+        grid_out = grids.check_grid("grid_out", grid_out, grid_in)
+        return cls._of_grid(grids.bilinear(grid_in, grid_out, align_corners))
 
     @classmethod
     def fixed(
@@ -148,29 +155,27 @@ class Stencil:
             TypeError, ValueError: as :meth:`adaptive`; the padding is more than half the kernel, or
                 the kernel exceeds the padded grid.
         """
-        grid_in = names.check_grid("grid_in", grid_in)
-        kernel = names.check_per_axis("kernel", kernel, len(grid_in), least=1)
+        grid_in = grids.check_grid("grid_in", grid_in)
+        kernel = grids.check_per_axis("kernel", kernel, len(grid_in), least=1)
         stride = kernel if stride is None else stride
-        stride = names.check_per_axis("stride", stride, len(grid_in), least=1)
-        padding = names.check_per_axis("padding", padding, len(grid_in), least=0)
-        name = names.fixed(grid_in, kernel, stride, padding, ceil_mode, count_include_pad)
-        average = not (count_include_pad and any(padding))
-        return cls._named(name, grid_in, names.options(name)[2], average)
+        stride = grids.check_per_axis("stride", stride, len(grid_in), least=1)
+        padding = grids.check_per_axis("padding", padding, len(grid_in), least=0)
+        found = grids.fixed(grid_in, kernel, stride, padding, ceil_mode, count_include_pad)
+        return cls._of_grid(found, average=not (count_include_pad and any(padding)))
 
     @classmethod
     def identity(cls, n: int) -> "Stencil":
         """``n`` tokens that pass as they are; for :meth:`concat`."""
         n = check_count("n", n)
-        return cls._named(f"identity {n}", (n,), (n,))
+        return cls._of_grid(grids.identity(n))
 
     @classmethod
-    def _named(
-        cls, name: str, grid_in: tuple[int, ...], grid_out: tuple[int, ...], average: bool = True
-    ) -> "Stencil":
+    def _of_grid(cls, geometry: Geometry, average: bool = True) -> "Stencil":
+        grid_in, grid_out, *_ = geometry.parts()
         n_in, n_out = prod(grid_in), prod(grid_out)
-        names.check_tokens("grid_in", n_in)
-        names.check_tokens("the pooled grid", n_out)
-        return cls(name, n_in, n_out, sums_to_one=average)
+        grids.check_tokens("grid_in", n_in)
+        grids.check_tokens("the pooled grid", n_out)
+        return cls(geometry, n_in, n_out, sums_to_one=average)
 
     @classmethod
     def concat(cls, stencils: Sequence["Stencil"]) -> "Stencil":
@@ -190,11 +195,12 @@ class Stencil:
         if not stencils:
             raise ValueError("stencils must hold a stencil, got none")
         n_in, lengths = sum(s.n_in for s in stencils), tuple(s.n_out for s in stencils)
-        names.check_tokens("the concatenation", n_in)
-        names.check_tokens("the pooled concatenation", sum(lengths))
+        grids.check_tokens("the concatenation", n_in)
+        grids.check_tokens("the pooled concatenation", sum(lengths))
         title = " + ".join(s.geometry for s in stencils)
         average = all(s.sums_to_one for s in stencils)
-        return cls(title, n_in, sum(lengths), lengths, partial(_concatenated, stencils), average)
+        source = partial(_concatenated, stencils)
+        return cls(None, n_in, sum(lengths), lengths, source, average, title)
 
     @classmethod
     def packed(
@@ -251,11 +257,11 @@ class Stencil:
                 CPU.
         """
         kernel = check_count("kernel", kernel)
-        with _plain():
+        with plain_mode():
             output, lengths, whole = positions.cells(position_ids, kernel)
         title = f"positions {kernel}x{kernel}, {len(lengths)} images"
         source = partial(_by_position, output, sum(lengths), kernel)
-        return cls(title, len(output), sum(lengths), lengths, source, whole)
+        return cls(None, len(output), sum(lengths), lengths, source, whole, title)
 
     def tables(
         self, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float64
@@ -268,13 +274,14 @@ class Stencil:
 
         Raises:
             RuntimeError: tables that are not there yet are asked for where they cannot be made: on
-                the device while a CUDA graph is captured, or in float64 in a compiled function.
+                the device while a CUDA graph is captured, or a pack's in float64 in a compiled
+                function.
         """
         device = torch.device(device)
         if device.type == "cuda" and device.index is None:
             device = torch.device("cuda", torch.cuda.current_device())
-        if self._tables is None:
-            return self._by_name(device, dtype)
+        if self.grid is not None:
+            return of_grid(self.grid, device, dtype)
         if torch.compiler.is_compiling():
             return self._of_graph(device, dtype)
         key = device, dtype, current_stream(device)  # another stream may be ahead of the copy
@@ -282,13 +289,14 @@ class Stencil:
             self._tables[key] = self._copied(device, dtype)
         return self._tables[key]
 
-    def _by_name(self, device: torch.device, dtype: torch.dtype) -> Pair:
-        if torch.compiler.is_compiling():
-            return _constant(self.geometry, device, dtype)
-        tables = _placed(self.geometry, device, dtype)
-        if capturing(device):
-            _in_graphs[self.geometry, device, dtype] = tables
-        return tables
+    def places(self, device: torch.device, dtype: torch.dtype) -> Places:
+        """What operators take for tokens of ``dtype`` on ``device``."""
+        if self.grid is not None:
+            return Places(None, None, None, None, False, False, *self.grid)
+        kind = torch.float64 if dtype == torch.float64 else torch.float32
+        rows, columns = self.tables(device, kind)
+        tensors = rows.index, rows.weight, columns.index, columns.weight
+        return Places(*tensors, rows.ragged, columns.ragged, "", ())
 
     def _of_graph(self, device: torch.device, dtype: torch.dtype) -> Pair:
         """The tables as inputs of a compiled graph, not constants: other packs will take it too."""
@@ -304,55 +312,25 @@ class Stencil:
                 if (place, kind) == (device, dtype):
                     return tables
             raise RuntimeError(f"call tables('{device}', {dtype}) before a CUDA graph is captured")
-        with _plain():
+        with plain_mode():
             rows, columns = self._source(dtype)
             return rows.to(device, dtype, True), columns.to(device, dtype, True)
 
     def __reduce__(self) -> tuple:
         """Without its tables, which are larger than what they are made from."""
-        facts = self.geometry, self.n_in, self.n_out, self.lengths, self._source, self.sums_to_one
-        return Stencil, facts
+        facts = self.grid, self.n_in, self.n_out, self.lengths, self._source, self.sums_to_one
+        return Stencil, (*facts, self._title)
 
 
-@contextmanager
-def _plain() -> Iterator[None]:
-    """What is kept must serve every caller, whatever mode this one is in."""
-    with _disable_current_modes(), torch.inference_mode(False):
-        yield
-
-
-@torch.compiler.assume_constant_result  # a compiled graph takes the tables as they are
-def _constant(geometry: str, device: torch.device, dtype: torch.dtype) -> Pair:
-    tables = _placed(geometry, device, dtype)
-    for table in tables:
-        for t in (table.index, table.weight):  # static where dynamic=True too: the same as
-            t._dynamo_static_indices = {0, 1}  # torch._dynamo.mark_static, which a trace ignores
-    return tables
-
-
-def _placed(geometry: str, device: torch.device, dtype: torch.dtype) -> Pair:
-    def make() -> Pair:
-        with _plain():
-            rows, columns = names.tables(geometry, dtype)
-            return rows.to(device, dtype), columns.to(device, dtype)
-
-    return _kept.get((geometry, device, dtype), make)
-
-
-def _finish(tables: Pair) -> None:
-    """Wait for what reads them, on whatever stream."""
-    if tables[0].index.is_cuda:
-        torch.cuda.synchronize(tables[0].index.device)
-
-
-_kept = Kept(bytes_of, before_drop=_finish)
-_in_graphs: dict[tuple, Pair] = {}  # a captured graph reads them for as long as it lives
+@lru_cache(maxsize=4096)
+def _adaptive(grid_in: tuple[int, ...], grid_out: tuple[int, ...]) -> Stencil:
+    return Stencil._of_grid(grids.adaptive(grid_in, grid_out))
 
 
 @lru_cache(maxsize=8)
 def _packed(title: str, pack: packed.Pack) -> Stencil:
-    source = partial(packed.tables, pack.names)
-    return Stencil(title, sum(pack.n_in), sum(pack.n_out), pack.n_out, source)
+    source = partial(packed.tables, pack.geometries)
+    return Stencil(None, sum(pack.n_in), sum(pack.n_out), pack.n_out, source, title=title)
 
 
 def _by_position(output: torch.Tensor, n_out: int, kernel: int, dtype: torch.dtype) -> Pair:

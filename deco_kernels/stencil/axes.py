@@ -1,6 +1,6 @@
 """Which windows along one axis? A geometry's matrix is the Kronecker product of its axes'."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from math import prod
 
 import torch
@@ -67,7 +67,9 @@ def pair(axis: Callable[..., Table], n_in: int, *args: int | bool) -> Pair:
     return _kept.get((axis, n_in, *args), make)
 
 
-def product(axes: Sequence[Table], spans: Sequence[int], dtype: torch.dtype, name: str) -> Table:
+def product(
+    axes: Sequence[Table], spans: Sequence[int], dtype: torch.dtype, geometry: Hashable
+) -> Table:
     """The Kronecker product of tables that read ``spans`` rows, the last axis running fastest."""
     check_entries(*(prod(axis.index.shape[side] for axis in axes) for side in (0, 1)))
     index, weight = axes[0].index, axes[0].weight
@@ -75,4 +77,4 @@ def product(axes: Sequence[Table], spans: Sequence[int], dtype: torch.dtype, nam
         index = (index * span)[:, None, :, None] + axis.index[:, None]
         index = index.flatten(2).flatten(0, 1)
         weight = torch.kron(weight, axis.weight)
-    return Table(index, weight.to(dtype), any(axis.ragged for axis in axes), name)
+    return Table(index, weight.to(dtype), any(axis.ragged for axis in axes), geometry)

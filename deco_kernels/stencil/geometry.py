@@ -1,6 +1,6 @@
-"""What is a geometry called, and which matrix does the name mean?
+"""What is a geometry called, and which matrix does it mean?
 
-A name is a string, because torch.compile takes it for constant even where it lets integers vary:
+A geometry is a kind and integers, which torch.compile may let vary; its name is for people:
 
     identity 5
     adaptive 24x24 12x12
@@ -23,12 +23,42 @@ MAX_TOKENS = 2**31 - 1  # the tables index with int32
 Grid = tuple[int, ...]
 
 
-def adaptive(grid_in: Grid, grid_out: Grid) -> str:
-    return f"adaptive {_join(grid_in)} {_join(grid_out)}"
+class Geometry(NamedTuple):
+    """A pooling of one grid, as an operator takes it: a string and a flat list of integers.
+
+    ``kind`` is the first word of the name, and those that are no sizes; ``sizes`` are all sizes of
+    the name, those of the grid of tokens in and of tokens out first.
+    """
+
+    kind: str
+    sizes: tuple[int, ...]
+
+    def parts(self) -> list[Grid]:
+        """The sizes by axis: grid in, grid out; of "fixed" also kernel, stride and padding."""
+        sizes, words = tuple(self.sizes), self.kind.split(" ")
+        if words[0] == "identity":
+            return [sizes, sizes]
+        count = 5 if words[0] == "fixed" else 2
+        axes = len(sizes) // count
+        return [sizes[i * axes : (i + 1) * axes] for i in range(count)]
+
+    def __str__(self) -> str:
+        kind, *words = self.kind.split(" ")
+        grids = self.parts()[: 1 if kind == "identity" else None]
+        return " ".join([kind, *("x".join(map(str, grid)) for grid in grids), *words])
 
 
-def bilinear(grid_in: Grid, grid_out: Grid, align_corners: bool = False) -> str:
-    return f"bilinear {_join(grid_in)} {_join(grid_out)} {_CORNERS[bool(align_corners)]}"
+def identity(n: int) -> Geometry:
+    return Geometry("identity", (n,))
+
+
+def adaptive(grid_in: Grid, grid_out: Grid) -> Geometry:
+    return Geometry("adaptive", (*grid_in, *grid_out))
+
+
+def bilinear(grid_in: Grid, grid_out: Grid, align_corners: bool = False) -> Geometry:
+    words = "bilinear corners" if align_corners else "bilinear centers"
+    return Geometry(words, (*grid_in, *grid_out))
 
 
 def fixed(
@@ -38,8 +68,8 @@ def fixed(
     padding: Grid,
     ceil_mode: bool,
     count_include_pad: bool,
-) -> str:
-    """The name, with the grid of outputs that torch's avg_pool makes.
+) -> Geometry:
+    """With the grid of outputs that torch's avg_pool makes.
 
     Raises:
         ValueError: no window fits, or the padding is more than half a window.
@@ -53,24 +83,11 @@ def fixed(
             raise ValueError(
                 f"kernel[{i}] must fit grid_in[{i}] = {n} with padding {p} on both sides, got {k}"
             )
-        grid_out.append(last + (last * s < n + p))  # the last window must start inside
-    words = map(_join, (grid_in, grid_out, kernel, stride, padding))
-    return " ".join(["fixed", *words, _CEIL[bool(ceil_mode)], _COUNT[bool(count_include_pad)]])
-
-
-def options(geometry: str) -> tuple[str, Grid, Grid, tuple]:
-    """Kind, grid of tokens in, grid of tokens out and the other arguments of a geometry's name."""
-    kind, *words = geometry.split()
-    if kind == "identity":
-        grid = (int(words[0]),)
-        return kind, grid, grid, ()
-    grid_in, grid_out, *rest = words
-    if kind == "fixed":
-        sizes = tuple(_split(word) for word in rest[:3])
-        rest = (*sizes, rest[3] == _CEIL[True], rest[4] == _COUNT[True])
-    elif kind == "bilinear":
-        rest = (rest[0] == _CORNERS[True],)
-    return kind, _split(grid_in), _split(grid_out), tuple(rest)
+        # The last window must start inside.
+        grid_out.append(last + 1 if last * s < n + p else last)
+    kind = "fixed ceil" if ceil_mode else "fixed floor"
+    kind += " include" if count_include_pad else " exclude"
+    return Geometry(kind, (*grid_in, *grid_out, *kernel, *stride, *padding))
 
 
 class Shape(NamedTuple):
@@ -82,39 +99,34 @@ class Shape(NamedTuple):
 
 
 @lru_cache(maxsize=4096)
-def shape(geometry: str) -> Shape:
-    _, grid_in, grid_out, _ = options(geometry)
+def shape(geometry: Geometry) -> Shape:
+    grid_in, grid_out, *_ = geometry.parts()
     widths = (prod(table.index.shape[1] for table in side) for side in _axes(geometry))
     return Shape(prod(grid_out), prod(grid_in), tuple(widths))
 
 
-def tables(geometry: str, dtype: torch.dtype) -> Pair:
+def tables(geometry: Geometry, dtype: torch.dtype) -> Pair:
     """Rows and columns of a geometry's matrix, on the CPU, with weights of ``dtype``."""
     return table(geometry, 0, dtype), table(geometry, 1, dtype)
 
 
-def table(geometry: str, side: int, dtype: torch.dtype) -> Table:
-    """Its rows (side 0), which carry the name, or its columns (side 1)."""
-    _, *grids, _ = options(geometry)
-    return axes.product(_axes(geometry)[side], grids[side], dtype, "" if side else geometry)
+def table(geometry: Geometry, side: int, dtype: torch.dtype) -> Table:
+    """Its rows (side 0), which carry the geometry, or its columns (side 1)."""
+    grids = geometry.parts()
+    own = None if side else geometry
+    return axes.product(_axes(geometry)[side], grids[side], dtype, own)
 
 
-def _axes(geometry: str) -> tuple[tuple[Table, ...], tuple[Table, ...]]:
+def _axes(geometry: Geometry) -> tuple[tuple[Table, ...], tuple[Table, ...]]:
     """The rows of every axis, and the columns of every axis."""
-    kind, grid_in, grid_out, rest = options(geometry)
-    if kind == "fixed":
-        *sizes, _, include = rest
-        arguments = ((*size, include) for size in zip(*sizes, strict=True))
-    else:
-        arguments = (rest for _ in grid_in)
-    make = {"adaptive": axes.adaptive, "bilinear": axes.linear, "fixed": axes.fixed}.get(
-        kind,
-        axes.adaptive,  # which is the identity from n to n
-    )
-    pairs = [
-        axes.pair(make, n_in, n_out, *args)
-        for n_in, n_out, args in zip(grid_in, grid_out, arguments, strict=True)
-    ]
+    kind, *words = geometry.kind.split(" ")
+    make, same = {
+        "adaptive": (axes.adaptive, ()),
+        "bilinear": (axes.linear, (words[-1:] == ["corners"],)),
+        "fixed": (axes.fixed, (words[-1:] == ["include"],)),
+        "identity": (axes.adaptive, ()),  # from n to n
+    }[kind]
+    pairs = [axes.pair(make, *sizes, *same) for sizes in zip(*geometry.parts(), strict=True)]
     rows, columns = zip(*pairs, strict=True)
     return rows, columns
 
@@ -145,14 +157,3 @@ def check_tokens(what: str, count: int) -> int:
     if count > MAX_TOKENS:
         raise ValueError(f"{what} has {count} tokens, but the tables index at most {MAX_TOKENS}")
     return count
-
-
-def _join(sizes: Sequence[int]) -> str:
-    return "x".join(map(str, sizes))
-
-
-def _split(word: str) -> Grid:
-    return tuple(map(int, word.split("x")))
-
-
-_CEIL, _COUNT, _CORNERS = ("floor", "ceil"), ("exclude", "include"), ("centers", "corners")

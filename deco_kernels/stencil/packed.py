@@ -1,7 +1,7 @@
 """Which windows, where the images of one packed sequence differ in size?
 
-A pack is a list of named geometries, one for every frame and every run of tokens that pass. Their
-tables are kept by name, so that a new list of images costs little more than to concatenate them.
+A pack is a list of geometries, one for every frame and every run of tokens that pass. Their
+tables are kept by geometry, so that a new list of images costs little more than to join them.
 """
 
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ from .table import Pair, Piece, check_entries, concatenated, piece
 class Pack(NamedTuple):
     """The geometries of all blocks, and the tokens of every image."""
 
-    names: tuple[str, ...]
+    geometries: tuple[geometry.Geometry, ...]
     n_in: tuple[int, ...]
     n_out: tuple[int, ...]
 
@@ -44,7 +44,7 @@ def pack(
     cu_seqlens: Sequence[int] | torch.Tensor | None,
     passthrough: int,
 ) -> Pack:
-    """Check the arguments of ``Stencil.packed`` and name its blocks."""
+    """Check the arguments of ``Stencil.packed`` and list its blocks."""
     images = _images(grids)
     if mode not in MODES:
         raise ValueError(f"mode must be one of {', '.join(MODES)}; got {mode!r}")
@@ -57,34 +57,36 @@ def pack(
     else:
         targets = _merged(images, check_count("merge", merge))
     check_count("passthrough", passthrough, least=0)
-    passing = (f"identity {passthrough}",) if passthrough else ()
+    passing = (geometry.identity(passthrough),) if passthrough else ()
     interpolate = mode == "bilinear"
-    names, n_in, n_out = [], [], []
+    blocks, n_in, n_out = [], [], []
     for (frames, grid), size in zip(images, targets, strict=True):
-        names += (*passing, *(_name(grid, size, interpolate),) * frames)
+        blocks += (*passing, *(_block(grid, size, interpolate),) * frames)
         n_in.append(passthrough + frames * grid[0] * grid[1])
         n_out.append(passthrough + frames * size[0] * size[1])
     geometry.check_tokens("the pack", sum(n_in))
     geometry.check_tokens("the pooled pack", sum(n_out))
     if cu_seqlens is not None:
         _check_cu_seqlens(cu_seqlens, images, n_in, passthrough)
-    return Pack(tuple(names), tuple(n_in), tuple(n_out))
+    return Pack(tuple(blocks), tuple(n_in), tuple(n_out))
 
 
 @lru_cache(maxsize=4096)
-def _name(grid_in: tuple[int, int], grid_out: tuple[int, int], interpolate: bool) -> str:
+def _block(
+    grid_in: tuple[int, int], grid_out: tuple[int, int], interpolate: bool
+) -> geometry.Geometry:
     return (geometry.bilinear if interpolate else geometry.adaptive)(grid_in, grid_out)
 
 
-def tables(names: Sequence[str], dtype: torch.dtype) -> Pair:
-    """Rows and columns of the block-diagonal matrix of named geometries, on the CPU."""
-    shapes = [geometry.shape(name) for name in names]
+def tables(blocks: Sequence[geometry.Geometry], dtype: torch.dtype) -> Pair:
+    """Rows and columns of the block-diagonal matrix of geometries, on the CPU."""
+    shapes = [geometry.shape(block) for block in blocks]
     n_out, n_in = [shape.n_out for shape in shapes], [shape.n_in for shape in shapes]
     sides = []
     for side, heights, spans in ((0, n_out, n_in), (1, n_in, n_out)):
-        width = _width({shape.widths[side] for shape in shapes})
+        width = max(shape.widths[side] for shape in shapes)
         check_entries(sum(heights), width)
-        pieces = [_piece(name, side, width, dtype) for name in names]
+        pieces = [_piece(block, side, width, dtype) for block in blocks]
         sides.append(concatenated(pieces, heights, spans, width, dtype))
     rows, columns = sides
     return rows, columns
@@ -93,19 +95,9 @@ def tables(names: Sequence[str], dtype: torch.dtype) -> Pair:
 _pieces = Kept(lambda piece: len(piece.index) + len(piece.weight))
 
 
-def _piece(name: str, side: int, width: int, dtype: torch.dtype) -> Piece:
-    key = name, side, width, dtype
-    return _pieces.get(key, lambda: piece(geometry.table(name, side, dtype).widened(width)))
-
-
-def _width(widths: set[int]) -> int:
-    """The columns of a pack's table; where windows vary, packs share a few widths.
-
-    Every other width would compile another kernel.
-    """
-    widths = widths - {1}
-    widest = max(widths, default=1)
-    return 1 << (widest - 1).bit_length() if len(widths) > 1 else widest
+def _piece(block: geometry.Geometry, side: int, width: int, dtype: torch.dtype) -> Piece:
+    key = block, side, width, dtype
+    return _pieces.get(key, lambda: piece(geometry.table(block, side, dtype).widened(width)))
 
 
 def integers(name: str, values: object) -> list:

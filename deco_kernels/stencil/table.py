@@ -1,6 +1,6 @@
 """How is a sparse matrix laid out? As two gather tables: its rows, and its columns."""
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from ctypes import string_at
 from itertools import accumulate
 from sys import byteorder
@@ -15,14 +15,14 @@ class Table(NamedTuple):
     ``index`` [R, T] int32 and ``weight`` [R, T] (float32, or float64 for float64 tokens) on one
     device. T is the longest window; shorter ones are padded with weight 0 (and an index of the
     same window, if it has any), and then ``ragged`` is true. The first place of a window is never
-    padding, so a row whose first weight is 0 has no tokens. ``geometry`` names what torch may have
-    an operator for: the stencil's geometry for its rows, nothing for its columns.
+    padding, so a row whose first weight is 0 has no tokens. ``geometry`` is what torch may have an
+    operator for: that of a grid's rows, None for columns and for rows of anything else.
     """
 
     index: torch.Tensor
     weight: torch.Tensor
     ragged: bool
-    geometry: str
+    geometry: Hashable = None
 
     def to(self, device: torch.device, dtype: torch.dtype, non_blocking: bool = False) -> "Table":
         """A copy there. ``non_blocking``: for the current stream, and the host does not wait."""
@@ -41,7 +41,7 @@ class Table(NamedTuple):
         last = self.index[:, -1:].expand(-1, missing)
         zeros = self.weight.new_zeros(1, 1).expand(len(last), missing)
         index, weight = torch.cat([self.index, last], 1), torch.cat([self.weight, zeros], 1)
-        return Table(index, weight, True, "")
+        return Table(index, weight, True)
 
 
 CPU = torch.device("cpu")  # said wherever a tensor is made: the caller may have another default
@@ -61,10 +61,10 @@ def check_entries(rows: int, width: int) -> None:
         )
 
 
-def table(index: torch.Tensor, weight: torch.Tensor, geometry: str = "") -> Table:
+def table(index: torch.Tensor, weight: torch.Tensor) -> Table:
     """A table of any integer indexes [R, T] and their weights, 0 where there is padding."""
     ragged = bool((weight == 0).any())
-    return Table(index.int().contiguous(), weight.contiguous(), ragged, geometry)
+    return Table(index.int().contiguous(), weight.contiguous(), ragged)
 
 
 def transposed(index: torch.Tensor, weight: torch.Tensor, n_in: int) -> Table:
@@ -112,7 +112,7 @@ def concatenated(
     index = _joined([p.index for p in pieces], torch.int32).view(-1, width)
     index += _joined([n.to_bytes(4, byteorder) * h for n, h in starts], torch.int32)[:, None]
     weight = _joined([p.weight for p in pieces], dtype).view(-1, width)
-    return Table(index, weight, any(p.ragged for p in pieces), "")
+    return Table(index, weight, any(p.ragged for p in pieces))
 
 
 def _joined(parts: Sequence[bytes], dtype: torch.dtype) -> torch.Tensor:

@@ -11,7 +11,7 @@ import platform
 import re
 import warnings
 from collections.abc import Mapping
-from functools import lru_cache
+from functools import cache, lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from filelock import FileLock
 
+from .. import extension, kernels
+from ..host import unwritable
 from .call import Call
 from .table import FILE
 
@@ -41,11 +43,21 @@ def _version(package: str) -> str | None:
         return None
 
 
+@cache
+def _kernels() -> str:
+    """A digest of all that is compiled: the kernels' source, of a checkout as of a release."""
+    found = hashlib.sha256(f"{extension.digest():x}".encode())
+    for file in sorted(Path(kernels.__file__).parent.glob("*.py")):
+        found.update(f"\0{file.name}\0".encode() + file.read_bytes())
+    return found.hexdigest()[:16]
+
+
 def key(index: int) -> dict[str, Any]:
     """All that a measurement on CUDA device ``index`` holds for."""
     p = torch.cuda.get_device_properties(index)
     return {
         "format": FORMAT,
+        "kernels": _kernels(),
         "tiles": hashlib.sha256(FILE.read_bytes()).hexdigest()[:16],
         "device": f"{p.name}, {p.major}.{p.minor}, {p.multi_processor_count} SMs",
         "deco_kernels": _version("deco_kernels"),
@@ -122,12 +134,28 @@ def _times(entry: dict[str, Any]) -> Times:
     return times
 
 
+def check_folder() -> None:
+    """Try whether files can be written.
+
+    Raises:
+        OSError: they cannot; says what to set.
+    """
+    try:
+        problem = unwritable(folder())
+    except RuntimeError as error:  # there is no home to have a folder in
+        problem = str(error)
+    if problem:
+        way_out = "set DECO_KERNELS_CACHE_DIR to a folder that can be written"
+        raise OSError(f"measured times could not be kept: {problem}; {way_out}")
+
+
 def store(index: int, measured: Mapping[Call, Times]) -> Path:
     """Add measurements to the file of CUDA device ``index``, in place of what is not for here.
 
     Raises:
         OSError: the file cannot be written.
     """
+    check_folder()
     file, here = path(index), key(index)
     file.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{file}.lock"):

@@ -160,12 +160,10 @@ def _pool_linear(shape: Shape, config: Config, sms: int) -> Counts:
     loads = _gather(shape, config, panels * tiles["BM"], cdiv(shape.channels, tiles["PK"]))
     loads["p"] = _whole(columns * shape.p_bytes)
     loads["w"] = _whole(panels * shape.w_bytes)
-    # A row of warps for each 64 rows of a tile: one reads the bias once and shares it; with more,
-    # eight rows of lanes ask for the same 8 columns in each request.
-    loads["bias"] = _whole(panels * shape.features * shape.dtype.itemsize)
-    if tiles["BM"] > 64:
-        requests = tiles["BM"] // 64 * panels * shape.features // 8
-        loads["bias"] = Traffic(requests * 8 * 8 * shape.dtype.itemsize, requests)
+    # A row of warps for each 64 rows of a tile, of which eight rows of lanes ask for the same 8
+    # columns in each request.
+    requests = tiles["BM"] // 64 * panels * shape.features // 8
+    loads["bias"] = Traffic(requests * 8 * 8 * shape.dtype.itemsize, requests)
     # If nobody had to wait: a look at the flag a tile; tickets, raised flags and farewells; reset.
     looks = panels * columns
     atomics = panels * (slots + columns) + ctas + panels * slots + ctas

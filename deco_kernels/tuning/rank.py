@@ -3,6 +3,7 @@
 Registers are not modelled, nor is shared memory: :mod:`deco_kernels.aot.search` compiles.
 """
 
+from collections.abc import Iterator
 from dataclasses import replace
 from itertools import product
 
@@ -76,3 +77,11 @@ def ranked(kernel: str, itemsize: int, arch: int) -> list[tuple[float, Config]]:
     """
     found = [(_us(kernel, itemsize, arch, each), each) for each in candidates(kernel, itemsize)]
     return sorted(found, key=lambda pair: pair[0])
+
+
+def firsts() -> Iterator[str]:
+    """The fastest candidate of every kernel, as lines of text; the compiler was not asked."""
+    for arch in sorted({chip.arch for chip in CHIPS.values()}):
+        for kernel, itemsize in product(RANKED, DTYPES):
+            us, config = ranked(kernel, itemsize, arch)[0]
+            yield f"sm_{arch} {kernel} {itemsize} bytes  {config}  {us:.1f} us  not compiled"

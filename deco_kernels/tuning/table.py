@@ -66,6 +66,12 @@ def load(text: str) -> list[Entry]:
 
 
 @cache
+def made_with() -> str:
+    """The version of Triton that compiled the candidates."""
+    return json.loads(FILE.read_text(encoding="utf-8"))["triton"]
+
+
+@cache
 def _entries() -> dict[tuple[str, int, int], Entry]:
     entries = load(FILE.read_text(encoding="utf-8"))
     return {(entry.kernel, entry.itemsize, entry.arch): entry for entry in entries}
