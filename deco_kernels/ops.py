@@ -66,7 +66,7 @@ def _pool(x, *args) -> torch.Tensor:
     table = Places(*places).table(transposed, x.device, x.dtype)
     if backend == "auto":
         backend = backends.preferred(x.device, x.dtype).backend
-    return backends.get(backend).pool(x, table, dtype).data  # of a Function's no view may change
+    return backends.get(backend).pool(x, table, dtype).data  # a Function's view cannot change
 
 
 def _dact_pool(dp, *args) -> torch.Tensor:

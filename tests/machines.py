@@ -2,7 +2,10 @@
 
 import importlib
 import itertools
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -101,6 +104,21 @@ def require_interpreter() -> None:
 
     if version(triton) < (3, 7) and version(numpy) >= (2, 4):
         pytest.skip("the interpreter of Triton before 3.7 takes no numpy of 2.4 or later")
+
+
+def interpreted(file: str, *options: str) -> subprocess.CompletedProcess:
+    """The tests of ``file`` once more, in a process whose kernels are interpreted (wall 1).
+
+    Triton decides on import which it is.
+    """
+    pytest.importorskip("triton")
+    require_interpreter()
+    return subprocess.run(
+        [sys.executable, "-m", "pytest", file, "-p", "no:cacheprovider", *options],
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+    )
 
 
 @contextmanager

@@ -3,10 +3,7 @@
 Every token (or its gradient) in turn holds such a number, in a channel of its own.
 """
 
-import os
 import re
-import subprocess
-import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import NamedTuple
@@ -14,14 +11,12 @@ from typing import NamedTuple
 import pytest
 import torch
 import torch.nn.functional as F
-import triton
 from cuda_machines import on_host, on_ptx, require_compilers
-from machines import require_interpreter, simulated
+from machines import INTERPRETING, interpreted, simulated
 
 from deco_kernels import Stencil, backends, pool
 from deco_kernels.functional import TOKEN_ACTIVATIONS
 
-INTERPRETING = triton.knobs.runtime.interpret
 FP16, BF16, FP32 = torch.float16, torch.bfloat16, torch.float32
 LARGEST = torch.finfo(FP32).max
 INF, NAN = float("inf"), float("nan")
@@ -119,14 +114,7 @@ def place(request):
 @pytest.mark.slow
 @pytest.mark.skipif(INTERPRETING, reason="this is the interpreter")
 def test_the_interpreter_agrees():
-    require_interpreter()
-    command = [sys.executable, "-m", "pytest", "-q", __file__, "-k", "interpreter"]
-    run = subprocess.run(
-        [*command, "-p", "no:cacheprovider"],
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-    )
+    run = interpreted(__file__, "-q", "-k", "interpreter")
     assert run.returncode == 0, run.stdout
     assert int(re.search(r"(\d+) passed", run.stdout)[1]) >= 20
 

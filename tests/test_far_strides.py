@@ -1,20 +1,15 @@
 """Are elements found that lie further apart than an int32 counts? In the interpreter."""
 
-import os
 import re
-import subprocess
-import sys
 
 import pytest
 import torch
-import triton
-from machines import require_interpreter
+from machines import INTERPRETING, interpreted
 
 from deco_kernels import Stencil
 from deco_kernels.backends import eager
 from deco_kernels.backends import triton as verbs
 
-INTERPRETING = triton.knobs.runtime.interpret
 FAR = (1 << 25) + 8  # elements: 2**31 are 64 times that, and a loop's second step begins there
 STENCIL = Stencil.adaptive((4, 4), (2, 2))
 
@@ -22,13 +17,7 @@ STENCIL = Stencil.adaptive((4, 4), (2, 2))
 @pytest.mark.skipif(INTERPRETING, reason="this is the interpreter")
 def test_the_interpreter_finds_them():
     """In a process of its own, as a wrapped offset ends it: with a report of which one it was."""
-    require_interpreter()
-    run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-v", __file__, "-p", "no:cacheprovider"],
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-    )
+    run = interpreted(__file__, "-v")
     assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-2000:]
     assert re.search(r"\b9 passed", run.stdout) or "no address space" in run.stdout
 

@@ -1,10 +1,7 @@
 """Are the kernels right? The whole projector in the interpreter, as compiled PTX, or on a GPU."""
 
 import copy
-import os
 import re
-import subprocess
-import sys
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -12,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cuda_machines import on_host, on_ptx, require_compilers
-from machines import INTERPRETING, Tf32Linear, require_interpreter, simulated
+from machines import INTERPRETING, Tf32Linear, interpreted, simulated
 from numeric import Function, numeric, seeds, wrong
 
 from deco_kernels import Stencil, act_linear, backends, pool, pool_linear
@@ -103,25 +100,7 @@ def machine(request):
 @numeric
 @pytest.mark.skipif(INTERPRETING, reason="this is the interpreter")
 def test_the_interpreter_agrees():
-    """Wall 1: these tests once more, in a process whose kernels are interpreted."""
-    pytest.importorskip("triton")
-    require_interpreter()
-    run = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "pytest",
-            "-q",
-            __file__,
-            "-k",
-            "interpreter",
-            "-p",
-            "no:cacheprovider",
-        ],
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-    )
+    run = interpreted(__file__, "-q", "-k", "interpreter")
     assert run.returncode == 0, run.stdout
     assert int(re.search(r"(\d+) passed", run.stdout)[1]) >= 22
 

@@ -171,7 +171,7 @@ def linear(
 
 
 def product(x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """``F.linear`` of x [B, M, K], which is no view: of a Function's nothing changes in place."""
+    """``F.linear`` of x [B, M, K]; no view, as a Function's could not be changed in place."""
     return F.linear(x, w, bias).data
 
 
