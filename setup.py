@@ -11,7 +11,7 @@ ARCHS = ("7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "12.0")
 
 def machinery():
     """The module that builds at first use: loaded by its path, the package would want torch."""
-    spec = importlib.util.spec_from_file_location("extension", "deco_kernels/extension.py")
+    spec = importlib.util.spec_from_file_location("extension", "deco_kernels/host/library.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

@@ -18,7 +18,7 @@ from torch import nn
 from work import DEVICE
 
 from deco_kernels import fuse
-from deco_kernels.measure import saved_bytes
+from deco_kernels.tools.measure import saved_bytes
 
 
 def llava_video() -> nn.Module:

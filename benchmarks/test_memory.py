@@ -13,7 +13,7 @@ from providers import PROVIDERS, cannot, describe
 from roofline import device_name, versions
 from work import DEVICE, DTYPE, work
 
-from deco_kernels.measure import saved_bytes
+from deco_kernels.tools.measure import saved_bytes
 
 KEPT = torch.bfloat16 if DEVICE.type == "cpu" else DTYPE
 

@@ -16,7 +16,7 @@ from roofline import device_name, rates, versions
 from timing import alternately, peak_bytes, pedantic, seconds
 from work import DEVICE, DTYPE, check, job, work
 
-from deco_kernels.measure import saved_bytes
+from deco_kernels.tools.measure import saved_bytes
 
 # On a CPU `check` is warm-up enough; on a GPU the first calls also record CUDA graphs.
 WARMUP, ROUNDS = (0, 3) if DEVICE.type == "cpu" else (3, 20)

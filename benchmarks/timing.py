@@ -6,7 +6,7 @@ from collections.abc import Callable
 import torch
 from work import DEVICE, Job
 
-from deco_kernels import measure
+from deco_kernels.tools import measure
 
 
 def synchronize() -> None:

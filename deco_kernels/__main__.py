@@ -9,31 +9,31 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .backends import BACKENDS
-from .tuning import tables
+from .tools import predict as tables
 from .tuning.chips import CHIPS
 
 if TYPE_CHECKING:
-    from .aot import Row
+    from .tools.compile import Row
 
 # A command imports its module when it runs: `info` must work where Triton or the demo's
 # dependencies are missing.
 
 
 def _info(options: dict[str, Any]) -> int:
-    from .info import report
+    from .tools.info import report
 
     print(report())
     return 0
 
 
 def _check(options: dict[str, Any]) -> int:
-    from .check import run
+    from .tools.check import run
 
     return 0 if run(**options) else 1
 
 
 def _compile(options: dict[str, Any]) -> int:
-    from . import aot
+    from .tools import compile as aot
 
     table, as_json = aot.table(options.get("arch")), options["json"]
     for note in table.notes:
@@ -85,15 +85,15 @@ def _predict(options: dict[str, Any]) -> int:
 
 
 def _tune(options: dict[str, Any]) -> int:
-    from .tune import run
+    from .tools.tune import run
 
     run(**options)
     return 0
 
 
 def _choose(options: dict[str, Any]) -> int:
-    from . import aot
-    from .tuning import rank
+    from .tools import compile as aot
+    from .tools.table import rank
 
     problem = aot.problem("triton", 80)
     if problem and "out" in options:
@@ -102,7 +102,7 @@ def _choose(options: dict[str, Any]) -> int:
         print(f"deco_kernels: as ranked, nothing is compiled: {problem}", file=sys.stderr)
         print("\n".join(rank.firsts()))
         return 0
-    from .aot import search
+    from .tools.table import search
 
     found = []
     for verdict in search.verdicts():
@@ -114,14 +114,14 @@ def _choose(options: dict[str, Any]) -> int:
 
 
 def _demo(options: dict[str, Any]) -> int:
-    from .demo import run
+    from .tools.demo import run
 
     run(**options)
     return 0
 
 
 def _report(options: dict[str, Any]) -> int:
-    from .report import run
+    from .tools.report import run
 
     return run(**options)
 

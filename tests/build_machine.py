@@ -57,7 +57,7 @@ PyMODINIT_FUNC INIT(TORCH_EXTENSION_NAME)() {
 PROCESS = """
 import importlib.util, pathlib, sys, torch
 torch.version.cuda = {cuda!r}
-spec = importlib.util.spec_from_file_location("deco_kernels.extension", {extension!r})
+spec = importlib.util.spec_from_file_location("deco_kernels.host.library", {extension!r})
 extension = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(extension)
 extension.folder = lambda: pathlib.Path({csrc!r})
@@ -67,8 +67,8 @@ print(extension.library(80).arch_list)
 
 def fresh_extension():
     """The module in the state of a new process."""
-    path = REPOSITORY / "deco_kernels" / "extension.py"
-    spec = importlib.util.spec_from_file_location("deco_kernels.extension", path)
+    path = REPOSITORY / "deco_kernels" / "host" / "library.py"
+    spec = importlib.util.spec_from_file_location("deco_kernels.host.library", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -108,7 +108,7 @@ def machine(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, extension.AHEAD_OF_TIME, None)  # a developer may have it
 
     def process(**environment):
-        own = REPOSITORY / "deco_kernels" / "extension.py"
+        own = REPOSITORY / "deco_kernels" / "host" / "library.py"
         with open(tmp_path / "said", "a") as said:
             return subprocess.Popen(
                 [

@@ -43,7 +43,9 @@ def pytest_report_header():
 @pytest.fixture
 def jit():
     """What compiles the Triton kernels ahead of time."""
-    return pytest.importorskip("deco_kernels.aot.triton", reason="Triton is not installed")
+    return pytest.importorskip(
+        "deco_kernels.tools.compile.triton", reason="Triton is not installed"
+    )
 
 
 @pytest.fixture(autouse=True)

@@ -25,7 +25,7 @@ from ptxsim import Sim, compile_cuda
 from ptxsim.launch import HostArrays, parse
 from torch.utils.cpp_extension import include_paths
 
-from deco_kernels import extension
+from deco_kernels.host import library as extension
 from deco_kernels.kernels.launch import Chip, stand_in
 
 CSRC = extension.folder()

@@ -21,7 +21,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from deco_kernels import fuse
-from deco_kernels.check import errors, over
+from deco_kernels.tools.check import errors, over
 
 GRIDS = torch.tensor([[1, 4, 6], [3, 2, 4], [1, 2, 2], [2, 3, 6], [1, 4, 8]])
 MERGES = torch.tensor([2, 1, 2, 3, 4])

@@ -9,7 +9,7 @@ import os
 import pytest
 import torch
 
-from deco_kernels.check import SLACK, Error
+from deco_kernels.tools.check import SLACK, Error
 
 SEED = "DECO_KERNELS_TESTS_SEED"
 numeric = pytest.mark.numeric

@@ -11,7 +11,7 @@ from numeric import numeric, seeds, wrong
 from test_kernels import CASES, INTERPRETING, machine  # noqa: F401
 
 from deco_kernels import Stencil, act_linear, pool_linear
-from deco_kernels.check import case_errors, error, float32_matmul, over
+from deco_kernels.tools.check import case_errors, error, float32_matmul, over
 
 # Where GELU is of the size of its argument, and where it is nearly nothing: by tanh, it differs
 # there by more than a rounding to bfloat16.

@@ -9,10 +9,10 @@ from deco_kernels import (
     act_linear,
     act_pool_linear,
     backends,
-    extension,
     pool,
     pool_linear,
 )
+from deco_kernels.host import library as extension
 from deco_kernels.kernels.launch import Chip, stand_in
 
 STENCIL = Stencil.adaptive((4, 4), (2, 2))

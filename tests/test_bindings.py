@@ -6,7 +6,8 @@ import pytest
 import torch
 from cuda_machines import NAME, host_kernels, mutant, on_host, require_compilers
 
-from deco_kernels import Stencil, extension
+from deco_kernels import Stencil
+from deco_kernels.host import library as extension
 
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="not Triton's")
 

@@ -5,9 +5,10 @@ import torch
 from numeric import numeric, seeds, wrong
 from test_kernels import CASES
 
-from deco_kernels import backends, check
-from deco_kernels.bounds import Arithmetic, Ball, bounds, exact
-from deco_kernels.check import Error, draw, error, errors, float32_matmul, over, step
+from deco_kernels import backends
+from deco_kernels.tools import check
+from deco_kernels.tools.check import Error, draw, error, errors, float32_matmul, over, step
+from deco_kernels.tools.check.bounds import Arithmetic, Ball, bounds, exact
 
 CPU = torch.device("cpu")
 COMPILED = "triton", "cuda", "composed"

@@ -12,10 +12,13 @@ import torch
 from machines import INTERPRETING
 
 import deco_kernels
-from deco_kernels import aot, check, extension
 from deco_kernels.__main__ import main
 from deco_kernels.backends import triton as verbs
-from deco_kernels.tuning import rank, table
+from deco_kernels.host import library as extension
+from deco_kernels.tools import check
+from deco_kernels.tools import compile as aot
+from deco_kernels.tools.table import rank
+from deco_kernels.tuning import table
 from deco_kernels.tuning.chips import CHIPS
 
 COMPILES_TRITON = pytest.mark.skipif(INTERPRETING, reason="the interpreter compiles nothing")
@@ -187,7 +190,7 @@ def test_without_triton_table_ranks_and_writes_nothing(tmp_path):
 def test_without_triton_compile_lists_the_cuda_kernels():
     run = python(
         "-c",
-        "import sys; sys.modules['triton'] = None; from deco_kernels.aot import cuda; "
+        "import sys; sys.modules['triton'] = None; from deco_kernels.tools.compile import cuda; "
         "cuda.SOURCES = ['dgelu.cu']; from deco_kernels.__main__ import main; "
         "sys.exit(main(['compile', '--arch', '80', '--json']))",
     )
@@ -413,7 +416,7 @@ def test_errors_of_ours_keep_their_traceback(monkeypatch):
 
 @pytest.mark.parametrize("flag", [[], ["--out"]])
 def test_table_prints_verdicts_and_writes_if_told_to(monkeypatch, capsys, tmp_path, flag):
-    search = pytest.importorskip("deco_kernels.aot.search", reason="no Triton")
+    search = pytest.importorskip("deco_kernels.tools.table.search", reason="no Triton")
     fast, slow = rank.candidates("pool_linear", 2)[:2]
     told = [
         search.Verdict(90, "pool_linear", 2, fast, 1.5, "spills 8 bytes in bf16 gelu 576->1"),
@@ -434,9 +437,9 @@ def test_table_prints_verdicts_and_writes_if_told_to(monkeypatch, capsys, tmp_pa
 
 def test_demo_gets_what_was_given_and_no_more(monkeypatch):
     asked = []
-    demo = ModuleType("deco_kernels.demo")
+    demo = ModuleType("deco_kernels.tools.demo")
     demo.run = lambda **options: asked.append(options)
-    monkeypatch.setitem(sys.modules, "deco_kernels.demo", demo)
+    monkeypatch.setitem(sys.modules, "deco_kernels.tools.demo", demo)
     assert main(["demo"]) == 0
     arguments = "--out a.png --steps 5 --seed 1 --device cpu --backend eager"
     assert main(["demo", *arguments.split()]) == 0

@@ -10,11 +10,11 @@ import torch
 import triton
 from machines import require_products
 
-from deco_kernels import aot
-from deco_kernels.aot import triton as jit
 from deco_kernels.backends import triton as verbs
 from deco_kernels.kernels.launch import Chip, Config, stand_in
 from deco_kernels.kernels.pool import STEP
+from deco_kernels.tools import compile as aot
+from deco_kernels.tools.compile import triton as jit
 from deco_kernels.tuning import table
 
 pytestmark = pytest.mark.skipif(

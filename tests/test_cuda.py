@@ -11,8 +11,8 @@ from cuda_machines import COMPILER, SANITIZE, mutant, on_host, on_ptx, require_c
 
 from deco_kernels import Stencil, backends, pool
 from deco_kernels.backends import cuda
-from deco_kernels.check import float32_matmul
 from deco_kernels.kernels.launch import Chip, stand_in
+from deco_kernels.tools.check import float32_matmul
 
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="not Triton's")
 SECTOR = 32

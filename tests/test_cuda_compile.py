@@ -6,8 +6,9 @@ import subprocess
 
 import pytest
 
-from deco_kernels import aot, extension
-from deco_kernels.aot import cuda
+from deco_kernels.host import library as extension
+from deco_kernels.tools import compile as aot
+from deco_kernels.tools.compile import cuda
 
 compiles = pytest.mark.skipif(extension.nvcc() is None, reason="nvcc was not found")
 

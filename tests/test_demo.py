@@ -5,8 +5,8 @@ import importlib.util
 import pytest
 import torch
 
-from deco_kernels import demo
-from deco_kernels.demo import data, train
+from deco_kernels.tools import demo
+from deco_kernels.tools.demo import data, train
 
 
 def test_a_few_steps(tmp_path, capsys):

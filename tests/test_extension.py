@@ -153,7 +153,9 @@ def test_a_folder_that_cannot_be_written_is_told_before_the_build_and_by_it(here
 
 def test_a_library_in_a_folder_that_became_read_only_still_serves(here, monkeypatch):
     here.extension.library(80)
-    monkeypatch.setattr("deco_kernels.host.unwritable", lambda folder: f"{folder} is read-only")
+    monkeypatch.setattr(
+        "deco_kernels.host.requirements.unwritable", lambda folder: f"{folder} is read-only"
+    )
     for cached in (here.extension._problem, here.extension._obstacle):
         cached.cache_clear()
     assert here.extension.problem(80) is None

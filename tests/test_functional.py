@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch.autograd import gradcheck
 
 from deco_kernels import Stencil, act_linear, backends, pool, pool_linear
-from deco_kernels.measure import saved_bytes
+from deco_kernels.tools.measure import saved_bytes
 
 STENCIL = Stencil.adaptive((5, 4), (3, 3))
 

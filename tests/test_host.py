@@ -9,7 +9,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from deco_kernels import backends, host, info, tune
+from deco_kernels import backends
+from deco_kernels.host import requirements as host
+from deco_kernels.tools import info, tune
 
 CUDA = torch.device("cuda", 0)
 on_linux = pytest.mark.skipif(sys.platform != "linux", reason="Triton is for Linux")

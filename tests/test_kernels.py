@@ -13,8 +13,7 @@ from machines import INTERPRETING, Tf32Linear, interpreted, simulated
 from numeric import Function, numeric, seeds, wrong
 
 from deco_kernels import Stencil, act_linear, backends, pool, pool_linear
-from deco_kernels.bounds import Chain, averages, bounds
-from deco_kernels.check import (
+from deco_kernels.tools.check import (
     SLACK,
     TF32_SLACK,
     Case,
@@ -26,6 +25,7 @@ from deco_kernels.check import (
     over,
     step,
 )
+from deco_kernels.tools.check.bounds import Chain, averages, bounds
 
 # Ragged rows, features and channels; three or more steps of the pipelined loops.
 CASES = {

@@ -10,15 +10,15 @@ from machines import require_products, simulated
 
 from deco_kernels import Stencil
 from deco_kernels.backends import triton as backend
-from deco_kernels.check import float32_matmul
 from deco_kernels.kernels.launch import Config
+from deco_kernels.tools.check import float32_matmul
+from deco_kernels.tools.predict import GAIN, holding, report
+from deco_kernels.tools.table.rank import candidates
 from deco_kernels.tuning import config_for
 from deco_kernels.tuning.chips import CHIPS
-from deco_kernels.tuning.model import Shape, Traffic, counts
 from deco_kernels.tuning.predict import Assumptions, Predictor
-from deco_kernels.tuning.rank import candidates
 from deco_kernels.tuning.table import override
-from deco_kernels.tuning.tables import GAIN, holding, report
+from deco_kernels.tuning.work import Shape, Traffic, counts
 
 COMPILED = pytest.mark.skipif(triton.knobs.runtime.interpret, reason="needs compiled kernels")
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32

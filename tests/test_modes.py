@@ -30,7 +30,7 @@ from deco_kernels import (
 )
 from deco_kernels.functional import _copy_of_autocast
 from deco_kernels.integrations import explain
-from deco_kernels.measure import saved_bytes
+from deco_kernels.tools.measure import saved_bytes
 
 STENCILS = {
     "adaptive": Stencil.adaptive((4, 4), (2, 2)),

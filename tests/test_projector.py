@@ -10,8 +10,8 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from deco_kernels import AvgPoolProjector, FusedAvgPoolProjector
-from deco_kernels.check import case_errors
-from deco_kernels.measure import saved_bytes
+from deco_kernels.tools.check import case_errors
+from deco_kernels.tools.measure import saved_bytes
 
 
 def pair(layer_num=2, query_num=4, channels=8, features=12):

@@ -14,10 +14,11 @@ from pathlib import Path
 import pytest
 
 from deco_kernels.__main__ import main
-from deco_kernels.report import collect, page, plots, process, runner
-from deco_kernels.report import plan as plans
-from deco_kernels.report.plan import Step, checkout, plan
-from deco_kernels.tuning.tables import report as predicted_times
+from deco_kernels.tools.predict import report as predicted_times
+from deco_kernels.tools.report import collect, page, process, runner
+from deco_kernels.tools.report import pictures as plots
+from deco_kernels.tools.report import plan as plans
+from deco_kernels.tools.report.plan import Step, checkout, plan
 
 # A command that does what it is told.
 FAKE = """
@@ -174,8 +175,8 @@ def test_an_interruption_keeps_the_sections_before(fake, tmp_path, number):
     code = f"""if True:
         import sys
         from pathlib import Path
-        from deco_kernels.report import runner
-        from deco_kernels.report.plan import Step
+        from deco_kernels.tools.report import runner
+        from deco_kernels.tools.report.plan import Step
         steps = [("info", "say", "device cpu  x86"), ("check", "sleep", "ok   bfloat16"), ("tune",)]
         steps = [Step(name, f"Step {{name}}", ("fake", *words), 60) for name, *words in steps]
         runner.plan = lambda on_gpu: steps

@@ -10,10 +10,11 @@ import pytest
 import torch
 import triton
 
-from deco_kernels.aot import search
-from deco_kernels.aot import triton as jit
 from deco_kernels.kernels.launch import Config
-from deco_kernels.tuning import config_for, rank, table, tables
+from deco_kernels.tools import predict as tables
+from deco_kernels.tools.compile import triton as jit
+from deco_kernels.tools.table import rank, search
+from deco_kernels.tuning import config_for, table
 from deco_kernels.tuning.chips import CHIPS
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32

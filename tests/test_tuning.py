@@ -12,10 +12,12 @@ import pytest
 import torch
 from machines import simulated
 
-from deco_kernels import FusedAvgPoolProjector, Stencil, backends, extension, tune
+from deco_kernels import FusedAvgPoolProjector, Stencil, backends
 from deco_kernels.backends import Choice
-from deco_kernels.check import float32_matmul
+from deco_kernels.host import library as extension
 from deco_kernels.kernels.launch import Chip
+from deco_kernels.tools import tune
+from deco_kernels.tools.check import float32_matmul
 from deco_kernels.tuning import cache, chips, decide
 from deco_kernels.tuning.call import Call
 from deco_kernels.tuning.chips import CHIPS

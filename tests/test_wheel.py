@@ -124,7 +124,7 @@ def python(code, folder, **environment):
 def test_the_kernels_build_at_first_use(tmp_path):
     code = """if True:
         import torch
-        from deco_kernels import extension
+        from deco_kernels.host import library as extension
         extension._ahead_of_time = lambda: None
         module = extension.library(90)
         operators = extension.namespace(module)
@@ -167,7 +167,7 @@ def test_the_kernels_build_ahead_of_time(tmp_path):
     )
     assert install.returncode == 0, install.stdout + install.stderr
     code = """if True:
-        from deco_kernels import extension
+        from deco_kernels.host import library as extension
         print(extension.state())
         print(extension.namespace(extension.library(86)).pool.default._schema)
     """

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import torch
 
-from .. import extension
+from ..host import library as extension
 from ..kernels.launch import chip_of
 from ..tuning.call import Call
 from ..tuning.decide import ranking

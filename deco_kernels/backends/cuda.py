@@ -2,7 +2,7 @@
 
 import torch
 
-from .. import extension
+from ..host import library as extension
 from ..kernels.launch import chip_of
 from ..kernels.workspace import workspace_for
 from ..stencil import Table

@@ -2,7 +2,7 @@
 
 import torch
 
-from .. import host
+from ..host import requirements as host
 from ..kernels.launch import Config, chip_of, standing_in
 from ..stencil import Table
 from ..tuning import config_for

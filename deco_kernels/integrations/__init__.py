@@ -7,9 +7,11 @@ import torch
 from torch import nn
 
 from ..backends import check_backend
-from ..private import foreign_global_hook
+from ..host.private import foreign_global_hook
 from ..projector import FusedAvgPoolProjector, Plan
-from . import models, packed, projectors
+from . import methods as models
+from . import modules as projectors
+from . import packed
 from .swap import Found, as_fused, kind_of, swap, swap_back
 
 __all__ = ["Fusion", "explain", "fuse", "unfuse"]

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from .. import functional
-from ..plain import ordinary
+from ..functional.inputs import ordinary
 from ..stencil import Stencil
 from .swap import (
     Found,

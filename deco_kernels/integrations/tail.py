@@ -6,8 +6,8 @@ import torch
 from torch import nn
 
 from .. import functional
-from ..plain import difference, materialised, plain
-from ..private import foreign_global_hook
+from ..host.private import foreign_global_hook
+from ..projector.layers import difference, materialised, plain
 from ..stencil import Stencil
 from .swap import random_tokens
 

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from ..functional import autocast_dtype
-from ..private import transforms_active
+from ..host.private import transforms_active
 from .swap import note, subclass
 from .tail import Tail
 from .unfinished import Modes, Unfinished

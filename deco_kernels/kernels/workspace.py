@@ -4,7 +4,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
-from ..device import capturing, current_stream
+from ..host.streams import capturing, current_stream
 
 _kept: dict[tuple[torch.device, int], torch.Tensor] = {}
 

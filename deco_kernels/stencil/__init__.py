@@ -7,11 +7,11 @@ from math import prod
 
 import torch
 
-from ..checks import check_count
-from ..device import capturing, current_stream
+from ..host.streams import capturing, current_stream
 from . import geometry as grids
 from . import packed, positions
 from .geometry import Geometry
+from .numbers import check_count
 from .places import Places, of_grid, plain_mode
 from .table import CPU, Pair, Table, check_entries, concatenated, piece
 

@@ -15,8 +15,8 @@ from typing import NamedTuple
 
 import torch
 
-from ..checks import check_count
 from . import axes
+from .numbers import check_count
 from .table import Pair, Table
 
 MAX_TOKENS = 2**31 - 1  # the tables index with int32

@@ -11,9 +11,9 @@ from typing import NamedTuple
 
 import torch
 
-from ..checks import check_count
 from . import geometry
 from .kept import Kept
+from .numbers import check_count
 from .table import Pair, Piece, check_entries, concatenated, piece
 
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
-from ..device import capturing
+from ..host.streams import capturing
 from . import geometry as grids
 from .geometry import Geometry
 from .kept import Kept

@@ -19,8 +19,9 @@ from typing import Any
 import torch
 from filelock import FileLock
 
-from .. import extension, kernels
-from ..host import unwritable
+from .. import kernels
+from ..host import library as extension
+from ..host.requirements import unwritable
 from .call import Call
 from .table import FILE
 

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import torch
 
-from .model import Shape
+from .work import Shape
 
 PANEL = 128  # rows, which all tiles divide or are
 

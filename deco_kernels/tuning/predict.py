@@ -19,8 +19,8 @@ from dataclasses import dataclass, field, fields, replace
 
 from ..kernels.launch import Config
 from .chips import ChipFigures
-from .model import Shape, cdiv, counts, tasks
 from .table import config_for
+from .work import Shape, cdiv, counts, tasks
 
 _CUBLAS_TILES = ((128, 256), (128, 128), (64, 128))
 

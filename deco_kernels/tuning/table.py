@@ -1,9 +1,8 @@
 """The static table: a configuration for each kernel, element size and architecture.
 
-`python -m deco_kernels table --out deco_kernels/tuning/table.json` writes it, see
-:mod:`deco_kernels.aot.search`: products by the model's rank and what the compiler says, the rest
-from constants. Nothing here depends on the number of images or tokens, so that a new batch size
-never compiles anew.
+`python -m deco_kernels table --out deco_kernels/tuning/table.json` writes it: products by the
+model's rank and what the compiler says, the rest from constants. Nothing here depends on the number
+of images or tokens, so that a new batch size never compiles anew.
 """
 
 import json

@@ -9,12 +9,13 @@ from functools import partial
 
 import triton
 
-from ..backends import triton as verbs
+from ...backends import triton as verbs
+from ...kernels.launch import Chip, Config, stand_in
+from ...tuning import table
+from ...tuning.chips import CHIPS
 from ..check import float32_matmul
-from ..kernels.launch import Chip, Config, stand_in
-from ..tuning import rank, table
-from ..tuning.chips import CHIPS
-from . import triton as jit
+from ..compile import triton as jit
+from . import rank
 
 
 @dataclass(frozen=True)

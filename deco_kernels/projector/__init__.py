@@ -5,14 +5,15 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from . import functional
-from .backends import Choice, check_backend, choose, fastest, preferred
-from .checks import check_count, check_grid, check_tokens, square_side
-from .plain import materialised, ordinary, plain
-from .private import foreign_global_hook
-from .reference import AvgPoolProjector
-from .stencil import Stencil
-from .tuning.call import Call
+from .. import functional
+from ..backends import Choice, check_backend, choose, fastest, preferred
+from ..functional.inputs import check_tokens, ordinary
+from ..host.private import foreign_global_hook
+from ..reference import AvgPoolProjector
+from ..stencil import Stencil
+from ..stencil.numbers import check_count, check_grid, square_side
+from ..tuning.call import Call
+from .layers import materialised, plain
 
 
 class Plan(NamedTuple):

@@ -1,6 +1,6 @@
 """Which configuration should be the fastest? Candidates in the order of their predicted times.
 
-Registers are not modelled, nor is shared memory: :mod:`deco_kernels.aot.search` compiles.
+Registers are not modelled, nor is shared memory: :mod:`deco_kernels.tools.table.search` compiles.
 """
 
 from collections.abc import Iterator
@@ -9,10 +9,10 @@ from itertools import product
 
 import torch
 
-from ..kernels.launch import Config
-from .chips import CHIPS
-from .model import Shape
-from .predict import Assumptions, Predictor
+from ...kernels.launch import Config
+from ...tuning.chips import CHIPS
+from ...tuning.predict import Assumptions, Predictor
+from ...tuning.work import Shape
 
 DTYPES = {2: torch.bfloat16, 4: torch.float32}  # ranked for each element size
 RANKED = ("pool_linear", "dact_linear")

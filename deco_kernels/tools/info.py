@@ -5,9 +5,10 @@ import sys
 
 import torch
 
-from . import __version__, extension
-from .backends import BACKENDS, preferred, unusable
-from .tuning import cache, table
+from .. import __version__
+from ..backends import BACKENDS, preferred, unusable
+from ..host import library as extension
+from ..tuning import cache, table
 
 DTYPES = torch.bfloat16, torch.float16, torch.float32, torch.float64
 

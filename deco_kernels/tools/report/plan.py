@@ -50,7 +50,7 @@ class Step:
 def checkout() -> Path | None:
     """The folder with tests/ and benchmarks/: the package's, else the current one; or None."""
     ours = "tests/test_model.py", "benchmarks/test_speed.py"  # others have such folders too
-    roots = Path(__file__).resolve().parents[2], Path.cwd()
+    roots = Path(__file__).resolve().parents[3], Path.cwd()
     return next((root for root in roots if all((root / file).is_file() for file in ours)), None)
 
 

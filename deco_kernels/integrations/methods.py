@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from .. import functional
-from ..plain import difference, plain
+from ..projector.layers import difference, plain
 from ..stencil import Stencil
 from . import tail
 from .swap import (

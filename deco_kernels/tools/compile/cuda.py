@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from .. import extension
+from ...host import library as extension
 from . import SHARED_LIMIT, Row, Step, tensor_core
 
 SOURCES = [name for name in extension.SOURCES if name.endswith(".cu")]

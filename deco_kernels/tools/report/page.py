@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from .collect import QUANTITIES, Results, Row, fuse, memory, packed, projector, speed
+from .pictures import Pictures
 from .plan import Step
-from .plots import Pictures
 
 TITLE = "# deco_kernels report"
 TAIL = 15  # lines shown of a step that failed

@@ -7,12 +7,12 @@ from typing import NamedTuple
 
 import torch
 
-from . import extension
-from .backends import BACKENDS, unusable
+from ...backends import BACKENDS, unusable
+from ...host import library as extension
+from ...kernels.launch import chip_of
+from ...projector import FusedAvgPoolProjector
+from ...reference import AvgPoolProjector
 from .bounds import Chain, averages, bounds
-from .kernels.launch import chip_of
-from .projector import FusedAvgPoolProjector
-from .reference import AvgPoolProjector
 
 
 class Case(NamedTuple):

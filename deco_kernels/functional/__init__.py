@@ -7,17 +7,11 @@ as little, but where a tracer or a torch.func transform looks on, those operator
 import torch
 import torch.nn.functional as F
 
-from . import ops
-from .backends import choose, eager
-from .checks import (
-    check_float,
-    check_linear,
-    check_ordinary,
-    check_size,
-    check_tokens,
-)
-from .private import transforms_active
-from .stencil import Places, Stencil
+from .. import ops
+from ..backends import choose, eager
+from ..host.private import transforms_active
+from ..stencil import Places, Stencil
+from .inputs import check_float, check_linear, check_ordinary, check_size, check_tokens
 
 ACTIVATIONS = (None, "gelu")
 TOKEN_ACTIVATIONS = ("gelu", "gelu_tanh", "silu", "quick_gelu")  # before pooling

@@ -12,8 +12,8 @@ import torch
 from . import page, process
 from .collect import Results, write
 from .page import TITLE, Outcome
+from .pictures import Pictures
 from .plan import Step, checkout, plan
-from .plots import Pictures
 
 REPORT = "report.md"
 

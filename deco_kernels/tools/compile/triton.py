@@ -16,11 +16,11 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
-from ..backends import triton as verbs
+from ...backends import triton as verbs
+from ...kernels.launch import Chip, Config, stand_in
+from ...stencil import Stencil
+from ...tuning.table import made_with
 from ..check import float32_matmul
-from ..kernels.launch import Chip, Config, stand_in
-from ..stencil import Stencil
-from ..tuning.table import made_with
 from . import SHARED_LIMIT, Row, Step, tensor_core
 
 

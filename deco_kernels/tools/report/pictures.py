@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..tuning.chips import CHIPS
+from ...tuning.chips import CHIPS
 from .collect import Results, Row, memory, speed, write
 from .plan import missing
 

@@ -3,12 +3,7 @@
 import torch
 from torch import nn
 
-_ORDINARY = (nn.Parameter, torch.Tensor)
-
-
-def ordinary(x: torch.Tensor) -> bool:
-    """Whether ``x`` holds its own numbers: a DTensor and its like wrap other tensors."""
-    return type(x) in _ORDINARY or not hasattr(type(x), "__tensor_flatten__")
+from ..functional.inputs import ORDINARY
 
 
 def plain(module: nn.Module, kind: type[nn.Module]) -> bool:
@@ -35,7 +30,7 @@ def difference(module: nn.Module, kind: type[nn.Module]) -> str:
 
 
 def _owns_numbers(parameter: torch.Tensor | None) -> bool:
-    return type(parameter) in _ORDINARY or hasattr(parameter, "fake_mode")  # torch.export's
+    return type(parameter) in ORDINARY or hasattr(parameter, "fake_mode")  # torch.export's
 
 
 def materialised(linear: nn.Linear) -> bool:

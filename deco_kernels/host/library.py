@@ -119,7 +119,7 @@ def _obstacle() -> str | None:
     lost = missing()
     if lost:
         return lost
-    from .host import unwritable  # setup.py loads this file alone
+    from .requirements import unwritable  # setup.py loads this file alone
 
     problem = unwritable(target().parent)
     return f"{problem}; set TORCH_EXTENSIONS_DIR to a folder that can be" if problem else None
@@ -194,9 +194,9 @@ def _ahead_of_time() -> ModuleType | None:
 
 def folder() -> Path:
     """The C++ sources: in an installed package, or in a checkout."""
-    here = Path(__file__).resolve().parent
-    installed = here / "csrc"
-    return installed if installed.is_dir() else here.parent / "csrc"
+    package = Path(__file__).resolve().parents[1]
+    installed = package / "csrc"
+    return installed if installed.is_dir() else package.parent / "csrc"
 
 
 def wanted_archs() -> str:

@@ -7,12 +7,12 @@ from itertools import pairwise
 import torch
 
 from ..kernels.launch import Config
-from .call import Call
-from .chips import CHIPS, ChipFigures
-from .decide import predicted
-from .model import Shape
-from .predict import Assumptions, Predictor
-from .table import config_for, refused_for
+from ..tuning.call import Call
+from ..tuning.chips import CHIPS, ChipFigures
+from ..tuning.decide import predicted
+from ..tuning.predict import Assumptions, Predictor
+from ..tuning.table import config_for, refused_for
+from ..tuning.work import Shape
 
 GAIN = 1.02  # below this, a gain is called gone
 BATCHES = (1, 8, 64)

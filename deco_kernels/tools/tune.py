@@ -8,14 +8,14 @@ from typing import NamedTuple
 import torch
 from tqdm import tqdm
 
-from .backends import BACKENDS, get, unusable
+from ..backends import BACKENDS, get, unusable
+from ..stencil import Stencil, Table
+from ..stencil.numbers import check_count, check_grid, square_side
+from ..tuning import cache
+from ..tuning.call import Call
+from ..tuning.decide import remember
 from .check import float32_matmul
-from .checks import check_count, check_grid, square_side
 from .measure import seconds
-from .stencil import Stencil, Table
-from .tuning import cache
-from .tuning.call import Call
-from .tuning.decide import remember
 
 CANDIDATES = tuple(backend for backend in BACKENDS if backend != "auto")
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "tf32": torch.float32}

@@ -7,11 +7,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..checks import whole_root
 from ..functional import autocast_dtype
-from ..plain import difference, ordinary, plain
+from ..functional.inputs import ordinary
 from ..projector import FusedAvgPoolProjector, changed_sampler, project, unreadable
+from ..projector.layers import difference, plain
 from ..stencil import Stencil
+from ..stencil.numbers import whole_root
 from . import tail
 from .swap import (
     Found,

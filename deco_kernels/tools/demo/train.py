@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
+from ...projector import FusedAvgPoolProjector
 from ..measure import saved_bytes
-from ..projector import FusedAvgPoolProjector
 from .data import Batch, draw_batch, load_scans
 from .model import TinyMLLM
 from .plot import draw

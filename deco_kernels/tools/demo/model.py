@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..reference import AvgPoolProjector
+from ...reference import AvgPoolProjector
 from .data import QUESTION_LENGTH, SCAN, SIDE, VOCABULARY
 
 PATCH = 4  # so that a digit covers 2x2 patches, which the projector pools to one token
