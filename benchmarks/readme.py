@@ -205,7 +205,7 @@ more, in float32 at most √window times as much.
 Speed on a GPU. `python -m deco_kernels predict` prints microseconds for seven chips by a roofline,
 each of its assumptions (a flag of the command), and at which value of it the gain is gone. The
 bytes, sectors and tensor-core instructions that it works with are those of the executed PTX
-(`pytest tests/test_model.py`); its times are not measured. By default, at [64, 576, 1024] →
+(`pytest tests/tuning/test_model.py`); its times are not measured. By default, at [64, 576, 1024] →
 [64, 144, 4096] and bfloat16, with products at 70 % of the dense peak, DRAM at 85 %, and 40 bytes a
 clock from L2 to each SM:
 

@@ -14,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
+from machines.every import machine  # noqa: F401  a fixture
 from numeric import seeds
 
 hypothesis.settings.register_profile("the same examples twice", derandomize=True)
@@ -22,14 +23,14 @@ hypothesis.settings.load_profile("the same examples twice")
 
 # What asks of Triton's kernels only.
 collect_ignore = [
-    "test_compile.py",
-    "test_edges.py",
-    "test_far_strides.py",
-    "test_model.py",
-    "test_races.py",
-    "test_specialisations.py",
-    "test_table.py",
-    "test_traffic.py",
+    "kernels/test_compile.py",
+    "kernels/test_edges.py",
+    "kernels/test_far_strides.py",
+    "tuning/test_model.py",
+    "kernels/test_races.py",
+    "kernels/test_specialisations.py",
+    "tools/test_table.py",
+    "kernels/test_traffic.py",
 ]
 if importlib.util.find_spec("triton") is not None:
     collect_ignore = []

@@ -49,7 +49,7 @@ class Step:
 
 def checkout() -> Path | None:
     """The folder with tests/ and benchmarks/: the package's, else the current one; or None."""
-    ours = "tests/test_model.py", "benchmarks/test_speed.py"  # others have such folders too
+    ours = "tests/tuning/test_model.py", "benchmarks/test_speed.py"  # others have such folders too
     roots = Path(__file__).resolve().parents[3], Path.cwd()
     return next((root for root in roots if all((root / file).is_file() for file in ours)), None)
 
@@ -65,7 +65,7 @@ def plan(on_gpu: bool) -> list[Step]:
     no_gpu = None if on_gpu else NO_GPU
     tests = _not_here("tests")
     own = "deco_kernels"
-    counted = ("tests/test_model.py", "tests/test_traffic.py")
+    counted = ("tests/tuning/test_model.py", "tests/kernels/test_traffic.py")
     title = "Tune: not measured here, this is the plan"
     tune = Step("tune", title, (own, "tune", "--dry-run"), 30)
     if on_gpu:

@@ -1,0 +1,1 @@
+"""Where do the kernels run without a GPU, and the builds without their compilers?"""
