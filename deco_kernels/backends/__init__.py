@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import torch
 
-from ..host import library as extension
+from ..host import library
 from ..kernels.launch import chip_of
 from ..tuning.call import Call
 from ..tuning.decide import ranking
@@ -102,7 +102,7 @@ def fastest(device: torch.device, call: Call) -> Choice:
 def _runs(backend: str, device: torch.device, kernels: str, dtype: torch.dtype) -> bool:
     """Whether ``backend`` can start now, and compiles no library for that."""
     if backend == "cuda" and kernels != "cuda":
-        return not cuda.unusable(device, dtype) and extension.built(chip_of(device).arch)
+        return not cuda.unusable(device, dtype) and library.built(chip_of(device).arch)
     return backend in (kernels, "composed", "eager")
 
 

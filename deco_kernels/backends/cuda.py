@@ -2,7 +2,7 @@
 
 import torch
 
-from ..host import library as extension
+from ..host import library
 from ..kernels.launch import chip_of
 from ..kernels.workspace import workspace_for
 from ..stencil import Table
@@ -13,7 +13,7 @@ def unusable(device: torch.device, dtype: torch.dtype) -> str | None:
     """Why these kernels cannot run on ``device`` with ``dtype``; None if they can."""
     if dtype == torch.float64:
         return "float64 is left to torch"
-    if not extension.standing_in():
+    if not library.standing_in():
         if device.type != "cuda":
             return f"it needs a CUDA device, the tokens are on {device.type}"
         if torch.version.hip is not None:
@@ -23,7 +23,7 @@ def unusable(device: torch.device, dtype: torch.dtype) -> str | None:
         return f"compute capability {arch / 10} is below 7.5"
     if arch < 80 and dtype == torch.bfloat16:
         return f"bfloat16 needs compute capability 8.0, this is {arch / 10}"
-    return extension.problem(arch)
+    return library.problem(arch)
 
 
 def prepare(device: torch.device) -> None:
@@ -32,7 +32,7 @@ def prepare(device: torch.device) -> None:
     Raises:
         RuntimeError: it cannot be built.
     """
-    extension.operators(device)
+    library.operators(device)
 
 
 def fuses(device: torch.device, dtype: torch.dtype) -> bool:
@@ -47,7 +47,7 @@ def pool(x: torch.Tensor, table: Table, dtype: torch.dtype, act: str | None = No
     """act(x) [B, n_in, K] -> [B, rows, K] of ``dtype``; sums in float32."""
     p = x.new_empty(x.shape[0], table.index.shape[0], x.shape[2], dtype=dtype)
     if p.numel():
-        extension.operators(x.device).pool(x, *table[:3], act, None, p)
+        library.operators(x.device).pool(x, *table[:3], act, None, p)
     return p
 
 
@@ -55,7 +55,7 @@ def dact_pool(dp: torch.Tensor, table: Table, z: torch.Tensor, act: str) -> torc
     """``dz`` = (Sᵀ dp) * act'(z), by the transposed table: [B, rows, K] of z's dtype."""
     dz = z.new_empty(z.shape)
     if dz.numel():
-        extension.operators(z.device).pool(dp, *table[:3], act, z, dz)
+        library.operators(z.device).pool(dp, *table[:3], act, z, dz)
     return dz
 
 
@@ -76,7 +76,7 @@ def pool_linear(
     z = w.new_empty(*shape, w.shape[0]) if keep_z else None
     g = None if activation is None else w.new_empty(*shape, w.shape[0])
     if p.numel():
-        ops = extension.operators(x.device)
+        ops = library.operators(x.device)
         workspace = workspace_for(x.device, ops.workspace_size(shape[0] * shape[1]))
         sms = chip_of(x.device).sms
         ops.pool_linear(x, *table[:3], act, w, bias, p, z, g, workspace, sms)
@@ -95,7 +95,7 @@ def dact_linear(
     m, n = z.shape
     if not m:
         return dz, g, z.new_zeros(n) if want_db else None
-    ops = extension.operators(z.device)
+    ops = library.operators(z.device)
     sums = z.new_empty(ops.sum_blocks(m), n, dtype=torch.float32) if want_db else None
     ops.dgelu(dz, z, g, sums)
     return dz, g, sums.sum(0).to(z.dtype) if want_db else None

@@ -2,7 +2,7 @@
 
 import torch
 
-from ..host import requirements as host
+from ..host import requirements
 from ..kernels.launch import Config, chip_of, standing_in
 from ..stencil import Table
 from ..tuning import config_for
@@ -33,7 +33,9 @@ def unusable(device: torch.device, dtype: torch.dtype) -> str | None:
         if torch.version.hip is not None:
             return "AMD GPUs are not supported"
         arch = chip_of(device).arch
-        return host.triton_lacks() if arch >= 80 else f"compute capability {arch / 10} is below 8.0"
+        if arch < 80:
+            return f"compute capability {arch / 10} is below 8.0"
+        return requirements.triton_lacks()
     if device.type == "cpu" and triton.knobs.runtime.interpret:
         return "Triton's interpreter computes bfloat16 wrongly" if dtype == torch.bfloat16 else None
     return f"it needs a CUDA device, the tokens are on {device.type}"

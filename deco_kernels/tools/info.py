@@ -1,5 +1,6 @@
 """What is here? Versions, devices, and the backends with the reason why one is not usable."""
 
+import argparse
 import platform
 import sys
 
@@ -7,9 +8,10 @@ import torch
 
 from .. import __version__
 from ..backends import BACKENDS, preferred, unusable
-from ..host import library as extension
+from ..host import library
 from ..tuning import cache, table
 
+HELP = "versions, devices, and which backends are usable and why not"
 DTYPES = torch.bfloat16, torch.float16, torch.float32, torch.float64
 
 
@@ -82,7 +84,7 @@ def report() -> str:
         ("triton", _triton()),
         ("tiles", _tiles()),
         ("CUDA", torch.version.cuda or "none (this torch is built without it)"),
-        ("CUDA kernels", extension.state()),
+        ("CUDA kernels", library.state()),
         *_devices(),
         ("float32 products", torch.backends.cuda.matmul.fp32_precision),
         *((f"backend {b}", _backend(b, device)) for b in BACKENDS if b != "auto"),
@@ -91,3 +93,12 @@ def report() -> str:
     ]
     width = max(len(name) for name, _ in lines)
     return "\n".join(f"{name:{width}}  {text}" for name, text in lines)
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """None."""
+
+
+def main() -> int:
+    print(report())
+    return 0

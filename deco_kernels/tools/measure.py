@@ -1,7 +1,8 @@
-"""How is it measured? Seconds of a call, and the bytes that autograd keeps for backward."""
+"""How is it measured? Seconds of a call, saved bytes, and by which float32 products."""
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 
 import torch
@@ -65,3 +66,14 @@ def saved_bytes(run: Callable[[], object], exclude: Iterable[torch.Tensor] = ())
     total = sum(t.untyped_storage().nbytes() for t in saved.values())
     del result
     return total
+
+
+@contextmanager
+def float32_matmul(precision: str) -> Iterator[None]:
+    """Torch's float32 matrix products by "ieee" rules or in "tf32"."""
+    matmul = torch.backends.cuda.matmul
+    before, matmul.fp32_precision = matmul.fp32_precision, precision
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before

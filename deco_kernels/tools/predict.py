@@ -1,8 +1,10 @@
-"""What does ``predict`` print? Times, what "auto" does, assumptions, and where a gain is gone."""
+"""How fast should it be? Times, what "auto" does, assumptions, and where a gain is gone."""
 
+import argparse
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields, replace
 from itertools import pairwise
+from typing import Any
 
 import torch
 
@@ -14,6 +16,7 @@ from ..tuning.predict import Assumptions, Predictor
 from ..tuning.table import config_for, refused_for
 from ..tuning.work import Shape
 
+HELP = "predicted times on chips, and what is assumed for them"
 GAIN = 1.02  # below this, a gain is called gone
 BATCHES = (1, 8, 64)
 _MODEL = Predictor.__module__
@@ -147,3 +150,18 @@ def report(chips: Sequence[str] = tuple(CHIPS), batch: int = 64, **given: float)
             *_aligned(sensitivity),
         ]
     )
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    text = f"of {', '.join(CHIPS)}; default: all"
+    how = {"nargs": "+", "type": str.upper, "choices": CHIPS, "metavar": "NAME"}
+    parser.add_argument("--chip", dest="chips", help=text, **how)
+    parser.add_argument("--batch", type=int, help="images; default: 64")
+    for each in fields(Assumptions):
+        text = f"{each.metadata['help']}; default: {each.default:g}"
+        parser.add_argument(f"--{each.name.replace('_', '-')}", type=float, metavar="X", help=text)
+
+
+def main(**options: Any) -> int:
+    print(report(**options))
+    return 0

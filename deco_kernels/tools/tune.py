@@ -1,9 +1,10 @@
 """Who is fastest on this GPU? Measures every backend's verbs, and keeps the times for "auto"."""
 
+import argparse
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from tqdm import tqdm
@@ -14,9 +15,9 @@ from ..stencil.numbers import check_count, check_grid, square_side
 from ..tuning import cache
 from ..tuning.call import Call
 from ..tuning.decide import remember
-from .check import float32_matmul
-from .measure import seconds
+from .measure import float32_matmul, seconds
 
+HELP = "measure every backend on this GPU, for backend auto to use"
 CANDIDATES = tuple(backend for backend in BACKENDS if backend != "auto")
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "tf32": torch.float32}
 WARMUP, ROUNDS = 3, 20
@@ -88,6 +89,29 @@ def measure(
             times[backend] += [took] if i >= WARMUP else []
         progress()
     return {backend: 1e6 * statistics.median(found) for backend, found in times.items()}
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    text = "patch tokens of an image; default: 24 24"
+    parser.add_argument("--grid", type=int, nargs=2, metavar=("H", "W"), help=text)
+    for name, default in (
+        ("query_num", 144),
+        ("mm_hidden_size", 1024),
+        ("llm_hidden_size", 4096),
+        ("layer_num", 2),
+    ):
+        text = f"of the projector; default: {default}"
+        parser.add_argument(f"--{name.replace('_', '-')}", type=int, metavar="N", help=text)
+    text = "images in a step; default: 1 8 64"
+    parser.add_argument("--batch", type=int, nargs="+", metavar="B", help=text)
+    parser.add_argument("--dtype", choices=DTYPES)
+    parser.add_argument("--device", help="default: cuda:0")
+    parser.add_argument("--dry-run", action="store_true", help="print what would be measured")
+
+
+def main(**options: Any) -> int:
+    run(**options)
+    return 0
 
 
 def run(

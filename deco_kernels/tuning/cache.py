@@ -20,7 +20,7 @@ import torch
 from filelock import FileLock
 
 from .. import kernels
-from ..host import library as extension
+from ..host import library
 from ..host.requirements import unwritable
 from .call import Call
 from .table import FILE
@@ -47,7 +47,7 @@ def _version(package: str) -> str | None:
 @cache
 def _kernels() -> str:
     """A digest of all that is compiled: the kernels' source, of a checkout as of a release."""
-    found = hashlib.sha256(f"{extension.digest():x}".encode())
+    found = hashlib.sha256(f"{library.digest():x}".encode())
     for file in sorted(Path(kernels.__file__).parent.glob("*.py")):
         found.update(f"\0{file.name}\0".encode() + file.read_bytes())
     return found.hexdigest()[:16]

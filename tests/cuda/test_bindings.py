@@ -7,7 +7,7 @@ import torch
 from machines.cuda import NAME, host_kernels, mutant, on_host, require_compilers
 
 from deco_kernels import Stencil
-from deco_kernels.host import library as extension
+from deco_kernels.host import library
 
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="not Triton's")
 
@@ -124,7 +124,7 @@ BAD = [
 def test_bindings_check_before_they_launch(name, change, error, message):
     verb = "pool" if name == "dact_pool" else name
     with on_host():  # builds them
-        operator = getattr(extension.operators(torch.device("cpu")), verb)
+        operator = getattr(library.operators(torch.device("cpu")), verb)
         operator(*GOOD[name]().values())
     with pytest.raises(error, match=message):
         getattr(getattr(torch.ops, NAME), verb)(*{**GOOD[name](), **change}.values())
@@ -136,4 +136,4 @@ def test_a_failed_launch_is_an_error_with_the_reason(tmp_path):
         on_host(kernels=host_kernels(csrc)),
         pytest.raises(RuntimeError, match=r"launched: .*grid"),
     ):
-        extension.operators(torch.device("cpu")).dgelu(*good_dgelu().values())
+        library.operators(torch.device("cpu")).dgelu(*good_dgelu().values())

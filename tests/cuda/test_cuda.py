@@ -13,7 +13,7 @@ from machines.cuda import COMPILER, SANITIZE, mutant, on_host, on_ptx, require_c
 from deco_kernels import Stencil, backends, pool
 from deco_kernels.backends import cuda
 from deco_kernels.kernels.launch import Chip, stand_in
-from deco_kernels.tools.check import float32_matmul
+from deco_kernels.tools.measure import float32_matmul
 
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="not Triton's")
 SECTOR = 32
@@ -49,7 +49,7 @@ def test_nvccs_code_and_the_cpus_give_the_same_bits(arch, dtype):
         with machine, float32_matmul("tf32"):
             p, y, _ = cuda.pool_linear(x, rows, w, None, None, True)
             dx = cuda.pool(torch.sin(x[:, :16].float()).to(dtype), columns, dtype)
-            operators = cuda.extension.operators(d.device)
+            operators = cuda.library.operators(d.device)
             dz, g, sums = d.clone(), torch.empty_like(z), torch.empty(2, 40)
             operators.dgelu(dz, z, g, sums)
         found.append((p, y, dx, dz, g, sums))
@@ -124,7 +124,7 @@ def test_an_infinity_reaches_its_own_windows_only(act):
 def test_no_images_launch_nothing(dtype):
     rows, _ = tables((4, 4), (2, 2))
     w = torch.randn(8, 8).to(dtype)
-    with stand_in(Chip(80, 1), None), cuda.extension.stand_in(object()):
+    with stand_in(Chip(80, 1), None), cuda.library.stand_in(object()):
         p, z, g = cuda.pool_linear(torch.empty(0, 16, 8).to(dtype), rows, w, None, "gelu", True)
         dz, dg, db = cuda.dact_linear(torch.empty(0, 8).to(dtype), w, z.view(0, 8), True, True)
     assert [t.shape for t in (p, z, g)] == [(0, 4, 8)] * 3
@@ -156,7 +156,7 @@ def test_of_two_launches_the_sums_are_bitwise_equal():
     ],
 )
 def test_chips_and_dtypes(arch, dtype, problem):
-    with stand_in(Chip(arch, 1), None), cuda.extension.stand_in(object()):
+    with stand_in(Chip(arch, 1), None), cuda.library.stand_in(object()):
         assert backends.unusable("cuda", torch.device("cpu"), dtype) == problem
 
 

@@ -6,11 +6,12 @@ import subprocess
 
 import pytest
 
-from deco_kernels.host import library as extension
+from deco_kernels.host import library
+from deco_kernels.kernels.resources import SHARED_LIMIT
 from deco_kernels.tools import compile as aot
 from deco_kernels.tools.compile import cuda
 
-compiles = pytest.mark.skipif(extension.nvcc() is None, reason="nvcc was not found")
+compiles = pytest.mark.skipif(library.nvcc() is None, reason="nvcc was not found")
 
 STAGES = 3 * (128 + 128) * 64 + 16  # bytes: tiles of 128 rows and 128 columns, and the ticket
 SHARED = {
@@ -44,7 +45,7 @@ def test_all_that_ships_fits(arch):
         assert row.spill_bytes == 0, row
         assert 0 < row.registers <= 255
         assert row.shared_bytes == SHARED[row.kernel, row.case]
-        assert row.shared_bytes <= row.shared_limit == aot.SHARED_LIMIT[arch]
+        assert row.shared_bytes <= row.shared_limit == SHARED_LIMIT[arch]
         assert row.tensor_core == ("mma.sync" if row.kernel == "pool_linear" else None)
         assert row.problems == []
         if row.kernel == "pool_linear" and arch >= 80:  # two blocks fit into an SM
@@ -58,8 +59,8 @@ def test_all_that_ships_fits(arch):
 @compiles
 def test_a_row_says_what_cuobjdump_says(tmp_path):
     cubin = tmp_path / "dgelu.cubin"
-    command = [extension.nvcc(), "-std=c++17", "-O3", "-arch=sm_80", "-cubin"]
-    subprocess.run([*command, extension.folder() / "dgelu.cu", "-o", cubin], check=True)
+    command = [library.nvcc(), "-std=c++17", "-O3", "-arch=sm_80", "-cubin"]
+    subprocess.run([*command, library.folder() / "dgelu.cu", "-o", cubin], check=True)
     triton = pytest.importorskip("triton")
     command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", cubin]
     text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
@@ -84,8 +85,8 @@ def test_sm_75_has_neither_bf16_nor_tf32():
 @pytest.fixture
 def change(tmp_path, monkeypatch):
     """Change a line of a copy of the sources, which then is what is compiled."""
-    copy = shutil.copytree(extension.folder(), tmp_path / "csrc")
-    monkeypatch.setattr(extension, "folder", lambda: copy)
+    copy = shutil.copytree(library.folder(), tmp_path / "csrc")
+    monkeypatch.setattr(library, "folder", lambda: copy)
 
     def replace(name, old, new):
         text = (copy / name).read_text()

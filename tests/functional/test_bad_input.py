@@ -12,7 +12,7 @@ from deco_kernels import (
     pool,
     pool_linear,
 )
-from deco_kernels.host import library as extension
+from deco_kernels.host import library
 from deco_kernels.kernels.launch import Chip, stand_in
 
 STENCIL = Stencil.adaptive((4, 4), (2, 2))
@@ -158,7 +158,7 @@ def test_functions(no_launch, monkeypatch, backend, call, error, message):
     for function in (pool, pool_linear, act_linear, act_pool_linear):
         monkeypatch.setitem(function.__kwdefaults__, "backend", backend)
     # Where every backend can run: Triton's kernels, and the library of the CUDA C++ ones.
-    usable = stand_in(Chip(90, 1), None), extension.stand_in(object())
+    usable = stand_in(Chip(90, 1), None), library.stand_in(object())
     with usable[0], usable[1], pytest.raises(error, match=message):
         call()
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from deco_kernels import backends
-from deco_kernels.host import requirements as host
+from deco_kernels.host import requirements
 from deco_kernels.tools import info, tune
 
 CUDA = torch.device("cuda", 0)
@@ -31,13 +31,13 @@ def gpu(monkeypatch, tmp_path):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "triton"))
     for name in ("CC", "C_INCLUDE_PATH", "CPATH"):
         monkeypatch.delenv(name, raising=False)
-    host.triton_lacks.cache_clear()
+    requirements.triton_lacks.cache_clear()
     yield SimpleNamespace(cache=tmp_path / "triton", empty=tmp_path)
-    host.triton_lacks.cache_clear()
+    requirements.triton_lacks.cache_clear()
 
 
 def reason():
-    host.triton_lacks.cache_clear()  # as in a new process
+    requirements.triton_lacks.cache_clear()  # as in a new process
     return backends.unusable("triton", CUDA, torch.bfloat16)
 
 
@@ -60,7 +60,7 @@ def no_such_compiler(gpu, monkeypatch):
 
 
 def no_headers(gpu, monkeypatch):
-    monkeypatch.setattr(host.sysconfig, "get_path", lambda *_: str(gpu.empty))
+    monkeypatch.setattr(requirements.sysconfig, "get_path", lambda *_: str(gpu.empty))
     return "Python.h.* name their folder in C_INCLUDE_PATH"
 
 
@@ -119,7 +119,7 @@ def test_what_an_earlier_process_compiled_needs_no_compiler(gpu, monkeypatch):
 
 @on_linux
 def test_a_read_only_cache_serves_if_it_has_our_kernels(gpu, monkeypatch):
-    monkeypatch.setattr(host, "unwritable", lambda folder: f"{folder} cannot be written")
+    monkeypatch.setattr(requirements, "unwritable", lambda folder: f"{folder} cannot be written")
     keep(gpu, "cuda_utils.cpython-310.so")
     assert "set TRITON_CACHE_DIR" in reason()
     keep(gpu, "pool_linear_kernel.json")
@@ -134,11 +134,13 @@ def test_it_is_asked_once_a_process(gpu, monkeypatch):
 
 
 def test_a_folder_is_tried_and_left_as_it_was(tmp_path):
-    assert host.unwritable(tmp_path / "a" / "b") is None
+    assert requirements.unwritable(tmp_path / "a" / "b") is None
     assert list(tmp_path.iterdir()) == []
     file = tmp_path / "file"
     file.touch()
-    assert host.unwritable(file / "b") == f"{file / 'b'} cannot be written (Not a directory)"
+    assert (
+        requirements.unwritable(file / "b") == f"{file / 'b'} cannot be written (Not a directory)"
+    )
 
 
 def no_folder(monkeypatch, tmp_path):

@@ -124,12 +124,12 @@ def python(code, folder, **environment):
 def test_the_kernels_build_at_first_use(tmp_path):
     code = """if True:
         import torch
-        from deco_kernels.host import library as extension
-        extension._ahead_of_time = lambda: None
-        module = extension.library(90)
-        operators = extension.namespace(module)
+        from deco_kernels.host import library
+        library._ahead_of_time = lambda: None
+        module = library.library(90)
+        operators = library.namespace(module)
         assert module.arch_list == [80, 90], module.arch_list
-        assert (module.ptx_arch, module.sources) == (0, extension.digest())
+        assert (module.ptx_arch, module.sources) == (0, library.digest())
         assert module.cuda_version // 1000 == int(torch.version.cuda.partition(".")[0])
         assert torch.__version__.startswith(module.torch_version)
         for name in ("pool", "pool_linear", "dgelu"):
@@ -167,9 +167,9 @@ def test_the_kernels_build_ahead_of_time(tmp_path):
     )
     assert install.returncode == 0, install.stdout + install.stderr
     code = """if True:
-        from deco_kernels.host import library as extension
-        print(extension.state())
-        print(extension.namespace(extension.library(86)).pool.default._schema)
+        from deco_kernels.host import library
+        print(library.state())
+        print(library.namespace(library.library(86)).pool.default._schema)
     """
     run = python(code, tmp_path, PYTHONPATH=str(target), TORCH_EXTENSIONS_DIR=str(tmp_path))
     assert run.returncode == 0, run.stderr

@@ -10,7 +10,8 @@ from machines.triton import INTERPRETING, Copy, simulated
 from numeric import CASES, numeric, seeds, wrong
 
 from deco_kernels import Stencil, act_linear, pool_linear
-from deco_kernels.tools.check import case_errors, error, float32_matmul, over
+from deco_kernels.tools.check import case_errors, error, over
+from deco_kernels.tools.measure import float32_matmul
 
 # Where GELU is of the size of its argument, and where it is nearly nothing: by tanh, it differs
 # there by more than a rounding to bfloat16.

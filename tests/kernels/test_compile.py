@@ -13,6 +13,7 @@ from machines.triton import require_products
 from deco_kernels.backends import triton as verbs
 from deco_kernels.kernels.launch import Chip, Config, stand_in
 from deco_kernels.kernels.pool import STEP
+from deco_kernels.kernels.resources import SHARED_LIMIT
 from deco_kernels.tools import compile as aot
 from deco_kernels.tools.compile import triton as jit
 from deco_kernels.tuning import table
@@ -38,7 +39,7 @@ def assert_ships(row, arch):
     assert row.backend == "triton"
     assert row.spill_bytes == 0, row
     assert 0 < row.registers <= 255
-    assert row.shared_bytes <= row.shared_limit == aot.SHARED_LIMIT[arch]
+    assert row.shared_bytes <= row.shared_limit == SHARED_LIMIT[arch]
     assert row.tensor_core == (TENSOR_CORE[arch] if row.kernel in PRODUCTS else None)
     assert row.problems == []
 
@@ -188,7 +189,7 @@ def test_unknown_archs_are_refused(archs, unknown):
 
 
 def test_limits_are_those_of_the_programming_guide():
-    assert {arch: size // 1024 for arch, size in aot.SHARED_LIMIT.items()} == {
+    assert {arch: size // 1024 for arch, size in SHARED_LIMIT.items()} == {
         75: 64,
         80: 163,
         86: 99,
@@ -210,7 +211,7 @@ def test_products_are_left_to_cublas_where_triton_fences_no_loads(monkeypatch, v
     """wgmma and tcgen05 read what cp.async wrote; mma.sync needs no fence."""
     monkeypatch.setattr(triton, "__version__", version)
     old = version in ("3.5.1", "3.6.0")
-    for arch in aot.SHARED_LIMIT:
+    for arch in SHARED_LIMIT:
         with stand_in(Chip(arch, 1), None):
             reason = verbs.no_products(torch.device("meta"))
             assert verbs.fuses(torch.device("meta"), torch.bfloat16) != bool(reason)

@@ -17,11 +17,11 @@ from deco_kernels.tools.check import (
     draw,
     error,
     errors,
-    float32_matmul,
     over,
     step,
 )
 from deco_kernels.tools.check.bounds import Chain, averages, bounds
+from deco_kernels.tools.measure import float32_matmul
 
 
 @numeric

@@ -11,7 +11,7 @@ from machines.triton import launch_keys
 from deco_kernels import Stencil
 from deco_kernels.backends import triton as verbs
 from deco_kernels.kernels import pool as pool_source
-from deco_kernels.tools.check import float32_matmul
+from deco_kernels.tools.measure import float32_matmul
 
 pytestmark = pytest.mark.skipif(triton.knobs.runtime.interpret, reason="needs compiled kernels")
 IMAGES, MOST, FEATURES = 300, 4, 256

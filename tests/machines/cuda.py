@@ -25,12 +25,12 @@ from ptxsim import Sim, compile_cuda
 from ptxsim.launch import HostArrays, parse
 from torch.utils.cpp_extension import include_paths
 
-from deco_kernels.host import library as extension
+from deco_kernels.host import library
 from deco_kernels.kernels.launch import Chip, stand_in
 
-CSRC = extension.folder()
+CSRC = library.folder()
 HERE = Path(__file__).parents[1] / "cuda_host"
-KERNELS = tuple(name for name in extension.SOURCES if name.endswith(".cu"))
+KERNELS = tuple(name for name in library.SOURCES if name.endswith(".cu"))
 NAME = "deco_kernels_on_host"
 COMPILER = os.environ.get("CXX", "g++")
 SANITIZE = "DECO_KERNELS_TESTS_SANITIZE"  # in the environment: build with the sanitizers
@@ -84,16 +84,16 @@ def _bindings() -> ctypes.CDLL:
     objects = [folder / "bindings.o", folder / "switch.o"]
     includes = [*include_paths(), sysconfig.get_paths()["include"], str(CSRC)]
     flags = ["-O1", "-std=c++20", "-DDECO_ON_HOST", f"-DTORCH_EXTENSION_NAME={NAME}"]
-    flags += extension.facts("")
+    flags += library.facts("")
     flags += [f"-I{path}" for path in includes]
     with ThreadPoolExecutor() as pool:
         sources = [CSRC / "bindings.cpp", HERE / "switch.cpp"]
         list(pool.map(_compile, sources, objects, *([flag] * 2 for flag in flags)))
-    library = folder / "bindings.so"
+    shared = folder / "bindings.so"
     torch_lib = Path(torch.__file__).parent / "lib"
-    _link(objects, library, f"-L{torch_lib}", f"-Wl,-rpath,{torch_lib}", *_TORCH)
-    torch.ops.load_library(library)
-    return ctypes.CDLL(str(library))
+    _link(objects, shared, f"-L{torch_lib}", f"-Wl,-rpath,{torch_lib}", *_TORCH)
+    torch.ops.load_library(shared)
+    return ctypes.CDLL(str(shared))
 
 
 _TORCH = ("-lc10", "-ltorch", "-ltorch_cpu", "-ltorch_python")
@@ -150,7 +150,7 @@ def ptx(arch: int, csrc: Path = CSRC) -> dict[str, str]:
 
 
 class Operators:
-    """The operators of the bindings, as ``extension.operators`` gives them."""
+    """The operators of the bindings, as ``library.operators`` gives them."""
 
     def __init__(self, kernels: ctypes.CDLL) -> None:
         self._switch, self._kernels = _bindings(), kernels
@@ -231,7 +231,7 @@ def on_host(
     """Launches run on the CPU, ``resident`` blocks at a time in an order drawn from ``seed``."""
     kernels = kernels or host_kernels()
     kernels.cuda_host_schedule(ctypes.c_long(seed), resident)
-    with stand_in(Chip(80, sms), _no_triton), extension.stand_in(Operators(kernels)):
+    with stand_in(Chip(80, sms), _no_triton), library.stand_in(Operators(kernels)):
         yield []
 
 
@@ -243,7 +243,7 @@ def on_ptx(arch: int, csrc: Path = CSRC, sms: int = 2, **how: object) -> Iterato
     looked for.
     """
     operators = OnPtx(arch, csrc, {"race": True, **how})
-    with stand_in(Chip(arch, sms), _no_triton), extension.stand_in(operators):
+    with stand_in(Chip(arch, sms), _no_triton), library.stand_in(operators):
         yield operators.launches
 
 

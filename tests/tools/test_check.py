@@ -6,8 +6,9 @@ from numeric import CASES, numeric, seeds, wrong
 
 from deco_kernels import backends
 from deco_kernels.tools import check
-from deco_kernels.tools.check import Error, draw, error, errors, float32_matmul, over, step
+from deco_kernels.tools.check import Error, draw, error, errors, over, step
 from deco_kernels.tools.check.bounds import Arithmetic, Ball, bounds, exact
+from deco_kernels.tools.measure import float32_matmul
 
 CPU = torch.device("cpu")
 COMPILED = "triton", "cuda", "composed"
@@ -51,7 +52,7 @@ def test_every_usable_backend_is_asked_for_every_case_and_dtype(monkeypatch, cap
     """Also where "auto" would take another."""
     reasons = {("composed", torch.bfloat16): "no bfloat16", ("cuda", torch.float16): "no half"}
     monkeypatch.setattr(check, "unusable", lambda name, _, dtype: reasons.get((name, dtype)))
-    monkeypatch.setattr(check.extension, "built", lambda arch: True)
+    monkeypatch.setattr(check.library, "built", lambda arch: True)
     asked = []
     monkeypatch.setattr(
         check,
@@ -72,7 +73,7 @@ def test_every_usable_backend_is_asked_for_every_case_and_dtype(monkeypatch, cap
 
 def test_a_library_that_is_not_built_is_built_only_if_asked_for(monkeypatch, small, capsys):
     monkeypatch.setattr(check, "unusable", lambda name, *_: None if name == "cuda" else "no")
-    monkeypatch.setattr(check.extension, "built", lambda arch: False)
+    monkeypatch.setattr(check.library, "built", lambda arch: False)
     found = lambda *a: [Error("output", 1, 1.0, 1.0, 0.0)]  # noqa: E731
     monkeypatch.setattr(check, "case_errors", found)
     assert check.run(device="cpu")

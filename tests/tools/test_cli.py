@@ -5,7 +5,6 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
@@ -14,15 +13,15 @@ from machines.triton import INTERPRETING
 import deco_kernels
 from deco_kernels.__main__ import main
 from deco_kernels.backends import triton as verbs
-from deco_kernels.host import library as extension
-from deco_kernels.tools import check
+from deco_kernels.host import library
+from deco_kernels.tools import check, demo
 from deco_kernels.tools import compile as aot
 from deco_kernels.tools.table import rank
 from deco_kernels.tuning import table
 from deco_kernels.tuning.chips import CHIPS
 
 COMPILES_TRITON = pytest.mark.skipif(INTERPRETING, reason="the interpreter compiles nothing")
-COMPILES_CUDA = pytest.mark.skipif(extension.nvcc() is None, reason="nvcc was not found")
+COMPILES_CUDA = pytest.mark.skipif(library.nvcc() is None, reason="nvcc was not found")
 
 
 def python(*arguments):
@@ -132,7 +131,7 @@ def test_info_tells_of_tiles_that_another_triton_compiled(monkeypatch, capsys):
 
 
 def test_info_tells_where_the_cuda_kernels_are(monkeypatch, capsys):
-    monkeypatch.setattr(extension, "state", lambda: "cannot be built: nvcc was not found")
+    monkeypatch.setattr(library, "state", lambda: "cannot be built: nvcc was not found")
     main(["info"])
     lines = lines_of(capsys.readouterr().out)
     assert lines["CUDA kernels"] == "cannot be built: nvcc was not found"
@@ -208,7 +207,7 @@ def test_without_triton_compile_lists_the_cuda_kernels():
 def test_without_nvcc_compile_lists_the_triton_kernels(jit, monkeypatch, capfd):
     monkeypatch.setenv("CUDA_HOME", "/nowhere")
     monkeypatch.setattr(torch.version, "cuda", "13.0")
-    monkeypatch.setattr(extension, "missing", extension.missing.__wrapped__)  # nothing is cached
+    monkeypatch.setattr(library, "missing", library.missing.__wrapped__)  # nothing is cached
     chosen = {"bf16 dz": jit.cases()["bf16 dz"]}
     monkeypatch.setattr(jit, "cases", lambda: chosen)
     assert main(["compile", "--arch", "80"]) == 0
@@ -437,9 +436,7 @@ def test_table_prints_verdicts_and_writes_if_told_to(monkeypatch, capsys, tmp_pa
 
 def test_demo_gets_what_was_given_and_no_more(monkeypatch):
     asked = []
-    demo = ModuleType("deco_kernels.tools.demo")
-    demo.run = lambda **options: asked.append(options)
-    monkeypatch.setitem(sys.modules, "deco_kernels.tools.demo", demo)
+    monkeypatch.setattr(demo, "run", lambda **options: asked.append(options))
     assert main(["demo"]) == 0
     arguments = "--out a.png --steps 5 --seed 1 --device cpu --backend eager"
     assert main(["demo", *arguments.split()]) == 0

@@ -11,7 +11,7 @@ from machines.triton import require_products, simulated
 from deco_kernels import Stencil
 from deco_kernels.backends import triton as backend
 from deco_kernels.kernels.launch import Config
-from deco_kernels.tools.check import float32_matmul
+from deco_kernels.tools.measure import float32_matmul
 from deco_kernels.tools.predict import GAIN, holding, report
 from deco_kernels.tools.table.rank import candidates
 from deco_kernels.tuning import config_for

@@ -14,10 +14,10 @@ from machines.triton import simulated
 
 from deco_kernels import FusedAvgPoolProjector, Stencil, backends
 from deco_kernels.backends import Choice
-from deco_kernels.host import library as extension
+from deco_kernels.host import library
 from deco_kernels.kernels.launch import Chip
 from deco_kernels.tools import tune
-from deco_kernels.tools.check import float32_matmul
+from deco_kernels.tools.measure import float32_matmul
 from deco_kernels.tuning import cache, chips, decide
 from deco_kernels.tuning.call import Call
 from deco_kernels.tuning.chips import CHIPS
@@ -134,7 +134,7 @@ def test_a_measured_cuda_kernel_is_taken_only_if_it_is_built(gpu, monkeypatch):
     monkeypatch.setattr(backends.get("cuda"), "unusable", lambda device, dtype: None)
     monkeypatch.setattr(backends, "chip_of", lambda device: Chip(90, 132))
     for built in (True, False):
-        monkeypatch.setattr(extension, "built", lambda arch, built=built: built)
+        monkeypatch.setattr(library, "built", lambda arch, built=built: built)
         assert backends.fastest(CUDA, FORWARD).backend == ("cuda" if built else "composed")
 
 
@@ -261,7 +261,7 @@ def test_environments_share_a_folder(gpu, monkeypatch):
     assert len(list(cache.folder().glob("*.json"))) == 2
 
 
-@pytest.mark.parametrize("folder", [Path(cache.kernels.__file__).parent, extension.folder()])
+@pytest.mark.parametrize("folder", [Path(cache.kernels.__file__).parent, library.folder()])
 def test_other_kernels_have_not_been_measured(gpu, monkeypatch, tmp_path, folder):
     """Of a checkout the version stays the same while its kernels change."""
     cache.store(0, {BUCKET: TIMES})
@@ -269,8 +269,8 @@ def test_other_kernels_have_not_been_measured(gpu, monkeypatch, tmp_path, folder
     shutil.copytree(folder, copy)
     with next(copy.glob("pool_linear.*")).open("a") as file:
         file.write("\n")
-    if folder == extension.folder():
-        monkeypatch.setattr(extension, "folder", lambda: copy)
+    if folder == library.folder():
+        monkeypatch.setattr(library, "folder", lambda: copy)
     else:
         monkeypatch.setattr(cache.kernels, "__file__", str(copy / "__init__.py"))
     monkeypatch.setattr(cache, "_kernels", cache._kernels.__wrapped__)

@@ -1,18 +1,22 @@
 """Is it right here? Output and every gradient against float64, beside eager torch's own error."""
 
+import argparse
 import copy
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from ...backends import BACKENDS, unusable
-from ...host import library as extension
+from ...host import library
 from ...kernels.launch import chip_of
 from ...projector import FusedAvgPoolProjector
 from ...reference import AvgPoolProjector
+from ..arguments import where
+from ..measure import float32_matmul
 from .bounds import Chain, averages, bounds
+
+HELP = "forward and every gradient against float64"
 
 
 class Case(NamedTuple):
@@ -168,24 +172,13 @@ def case_errors(
     return over(errors(*draw(case, dtype, device, backend, seed)) for seed in seeds)
 
 
-@contextmanager
-def float32_matmul(precision: str) -> Iterator[None]:
-    """Torch's float32 matrix products by "ieee" rules or in "tf32"."""
-    matmul = torch.backends.cuda.matmul
-    before, matmul.fp32_precision = matmul.fp32_precision, precision
-    try:
-        yield
-    finally:
-        matmul.fp32_precision = before
-
-
 def _kinds(place: torch.device) -> dict[str, torch.dtype]:
     kinds = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
     return kinds | ({"tf32": torch.float32} if place.type == "cuda" else {})
 
 
 def _not_built(backend: str, place: torch.device) -> str | None:
-    if backend != "cuda" or extension.standing_in() or extension.built(chip_of(place).arch):
+    if backend != "cuda" or library.standing_in() or library.built(chip_of(place).arch):
         return None
     return "its library is not built yet, and --backend cuda builds it"
 
@@ -202,6 +195,14 @@ def _skipped(backend: str, problems: dict[str, str | None]) -> Iterator[str]:
 def _line(e: Error, slack: float) -> str:
     bar = f"{e.ours:.2e} / {e.eager:.2e}, bar {e.bar(slack):.2e}"
     return f"{e.name:22} {bar}; largest {e.largest:.1%}"
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    where(parser)
+
+
+def main(**options: Any) -> int:
+    return 0 if run(**options) else 1
 
 
 def run(backend: str | None = None, device: str | None = None) -> bool:

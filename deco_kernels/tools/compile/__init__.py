@@ -1,22 +1,21 @@
 """Does it fit the chip? Compiles every kernel ahead of time and reads what came out."""
 
+import argparse
+import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib import import_module
 from itertools import chain
+from json import dumps
 from typing import NamedTuple
 
-# Bytes of shared memory that one thread block may use, by architecture: the CUDA C++ Programming
-# Guide, "Compute Capabilities", "Maximum amount of shared memory per thread block" in KiB.
-_LIMITS = {75: 64, 80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
-SHARED_LIMIT = {arch: 1024 * kib for arch, kib in _LIMITS.items()}
+from ...kernels.resources import SHARED_LIMIT
+
+HELP = "compile every kernel ahead of time; needs no GPU"
 # By default. CUDA first, as its seconds are told: nothing else may compile at that time.
 ARCHS = {"cuda": (75, 80, 86, 89, 90, 100, 120), "triton": (80, 89, 90, 100, 120)}
 _NAMES = {"cuda": "CUDA", "triton": "Triton"}
 _NO_PRODUCT = ("pool", "dgelu", "bias_grad")  # kernels that multiply no matrices
-
-# PTX of a matrix product on tensor cores, the newest first: sm_90 knows mma.sync as well.
-_TENSOR_CORES = {"tcgen05.mma": "tcgen05", "wgmma.mma_async": "wgmma", "mma.sync": "mma.sync"}
 
 
 @dataclass(frozen=True)
@@ -70,11 +69,6 @@ class Table(NamedTuple):
     notes: list[str]  # what is not listed, and why
 
 
-def tensor_core(ptx: str) -> str | None:
-    """The family of instructions that multiply matrices in ``ptx``."""
-    return next((name for op, name in _TENSOR_CORES.items() if op in ptx), None)
-
-
 def table(archs: Sequence[int] | None = None) -> Table:
     """The kernels of both backends for ``archs``, by default for those in ``ARCHS``.
 
@@ -112,3 +106,62 @@ def problem(backend: str, arch: int) -> str | None:
     except ImportError as error:
         return f"{error.name} cannot be imported ({error})"
     return module.problem(arch)
+
+
+def _aligned(rows: Sequence[Row]) -> str:
+    """An aligned table, one line a row, and a summary."""
+    columns = "arch backend kernel case config regs spill shared limit cores"
+    cells = [(*columns.split(), "")]
+    for row in rows:
+        sizes = row.registers, row.spill_bytes, row.shared_bytes, row.shared_limit
+        problems = f"! {', '.join(row.problems)}" if row.problems else ""
+        cores = row.tensor_core or "-"
+        head = f"sm_{row.arch}", row.backend, row.kernel, row.case, row.config
+        cells.append((*head, *map(str, sizes), cores, problems))
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = []
+    for line in cells:
+        aligned = [
+            cell.rjust(width) if 5 <= i < 9 else cell.ljust(width)  # sizes to the right
+            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ]
+        lines.append("  ".join(aligned).rstrip())
+    bad = sum(bool(row.problems) for row in rows)
+    if bad:
+        lines.append(f"{bad} of {len(rows)} must not ship: see the lines with !")
+    else:
+        lines.append(f"all {len(rows)} fit: no spills, shared memory to spare, tensor cores")
+    return "\n".join(lines)
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    text = "compute capabilities; default: 80,89,90,100,120, and 75,86 for the CUDA kernels"
+    parser.add_argument("--arch", type=_archs, help=text)
+    parser.add_argument("--json", action="store_true", help="print rows as JSON")
+
+
+def _archs(text: str) -> list[int]:
+    try:
+        return [int(arch) for arch in text.split(",")]
+    except ValueError:
+        message = f"{text!r} is not a list of compute capabilities such as 80,90"
+        raise argparse.ArgumentTypeError(message) from None
+
+
+def main(arch: Sequence[int] | None = None, json: bool = False) -> int:
+    found = table(arch)
+    for note in found.notes:
+        print(f"deco_kernels: {note}", file=sys.stderr)
+    rows, lines = [], []
+    for done, step in enumerate(found.steps, start=1):
+        rows += step.rows
+        lines += [step.line] if step.line else []
+        if not json:
+            print(f"\rcompiled {done} of {found.total}", end="", file=sys.stderr, flush=True)
+    rows.sort(key=lambda row: row.arch)
+    if json:
+        print(dumps([asdict(row) for row in rows], indent=1))
+    else:
+        print(file=sys.stderr)
+        print("\n".join([_aligned(rows), *lines]))
+    return 1 if any(row.problems for row in rows) else 0

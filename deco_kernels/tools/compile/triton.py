@@ -2,9 +2,6 @@
 
 import multiprocessing
 import os
-import re
-import subprocess
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
@@ -18,10 +15,11 @@ from triton.runtime.driver import driver
 
 from ...backends import triton as verbs
 from ...kernels.launch import Chip, Config, stand_in
+from ...kernels.resources import SHARED_LIMIT, of_cubin, tensor_core
 from ...stencil import Stencil
 from ...tuning.table import made_with
-from ..check import float32_matmul
-from . import SHARED_LIMIT, Row, Step, tensor_core
+from ..measure import float32_matmul
+from . import Row, Step
 
 
 class Compiled(NamedTuple):
@@ -191,20 +189,11 @@ def compiled(case: str, arch: int) -> list[Compiled]:
     return found
 
 
-def _resources(cubin: bytes) -> dict[str, int]:
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
-        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    return {name: int(size) for name, size in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", text)}
-
-
 def rows(case: str, arch: int) -> list[Row]:
     """Compile a case for ``arch`` and read the binaries."""
     found = []
     for kernel, config, binary in compiled(case, arch):
-        resources, ptx = _resources(binary.asm["cubin"]), binary.asm["ptx"]
+        resources, ptx = of_cubin(binary.asm["cubin"]), binary.asm["ptx"]
         row = Row(
             kernel=kernel,
             backend="triton",

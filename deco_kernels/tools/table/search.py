@@ -13,8 +13,8 @@ from ...backends import triton as verbs
 from ...kernels.launch import Chip, Config, stand_in
 from ...tuning import table
 from ...tuning.chips import CHIPS
-from ..check import float32_matmul
 from ..compile import triton as jit
+from ..measure import float32_matmul
 from . import rank
 
 
