@@ -9,17 +9,17 @@ SWITCH = "DECO_KERNELS_BUILD_CUDA"
 ARCHS = ("7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "12.0")
 
 
-def machinery():
-    """The module that builds at first use: loaded by its path, the package would want torch."""
-    spec = importlib.util.spec_from_file_location("extension", "deco_kernels/host/library.py")
+def toolchain_module():
+    """What also builds at first use: loaded by its path, for the package itself wants torch."""
+    spec = importlib.util.spec_from_file_location("toolchain", "deco_kernels/host/toolchain.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
 
-def default_archs(extension):
+def default_archs(toolchain):
     """Those of ARCHS that this nvcc knows; later GPUs compile the last one's PTX."""
-    known = extension.known_archs()
+    known = toolchain.known_archs()
     return ";".join(arch for arch in ARCHS if int(arch.replace(".", "")) in known) + "+PTX"
 
 
@@ -31,8 +31,8 @@ def cuda_library():
     if wanted == "0":
         return {}
     try:
-        extension = machinery()
-        problem = extension.missing()
+        toolchain = toolchain_module()
+        problem = toolchain.missing()
     except ImportError as error:
         problem = f"{error} (pip needs --no-build-isolation to see the torch that is installed)"
     if problem and wanted:
@@ -40,16 +40,16 @@ def cuda_library():
     if problem:
         print(f"the CUDA library is left to its first use: {problem}")
         return {}
-    builder = extension.torch_builder()
-    builder.CUDA_HOME = extension.cuda_home(extension.nvcc())
+    builder = toolchain.torch_builder()
+    builder.CUDA_HOME = toolchain.cuda_home(toolchain.nvcc())
     if not os.environ.get("TORCH_CUDA_ARCH_LIST"):
-        os.environ["TORCH_CUDA_ARCH_LIST"] = default_archs(extension)
+        os.environ["TORCH_CUDA_ARCH_LIST"] = default_archs(toolchain)
     library = builder.CUDAExtension(
-        extension.AHEAD_OF_TIME,
-        [f"csrc/{name}" for name in extension.SOURCES],
+        toolchain.AHEAD_OF_TIME,
+        [f"csrc/{name}" for name in toolchain.SOURCES],
         extra_compile_args={
-            **extension.FLAGS,
-            "cxx": extension.FLAGS["cxx"] + extension.facts(os.environ["TORCH_CUDA_ARCH_LIST"]),
+            **toolchain.FLAGS,
+            "cxx": toolchain.FLAGS["cxx"] + toolchain.facts(os.environ["TORCH_CUDA_ARCH_LIST"]),
         },
     )
     return {

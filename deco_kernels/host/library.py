@@ -3,12 +3,9 @@
 import hashlib
 import importlib
 import importlib.util
-import logging
 import os
 import re
-import shlex
 import shutil
-import subprocess
 import sys
 import sysconfig
 import tempfile
@@ -24,11 +21,10 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from filelock import FileLock, Timeout
 
-SOURCES = ("bindings.cpp", "pool.cu", "pool_linear.cu", "dgelu.cu", "facts.cu")
-FLAGS = {"cxx": ["-O2"], "nvcc": ["-O3"]}
-AHEAD_OF_TIME = "deco_kernels._deco_kernels_C"  # the last part is a namespace of torch.ops, too
+from . import toolchain
+from .requirements import unwritable
+
 LONGEST_WAIT = 1800  # seconds, for another process's build
 MEANWHILE = 'backend="eager" works meanwhile'
 
@@ -98,7 +94,7 @@ def _problem(arch: int) -> str | None:
     listed = [re.fullmatch(r"(\d+)\.(\d)\w?(?:\+PTX)?", word) for word in archs.split()]
     if all(listed):  # torch has names, too, as "Ampere"
         numbers = [10 * int(word[1]) + int(word[2]) for word in listed]
-        if not _covers(numbers, ptx_arch(archs), arch):
+        if not _covers(numbers, toolchain.ptx_arch(archs), arch):
             return f"TORCH_CUDA_ARCH_LIST ({archs}) has nothing for compute capability {arch / 10}"
     return _obstacle()
 
@@ -111,16 +107,14 @@ def _obstacle() -> str | None:
     try:
         if wanted_archs() and target().is_file():
             return None
-        torch_builder()
+        toolchain.torch_builder()
     except ImportError as error:
         return f"torch.utils.cpp_extension cannot be imported ({error})"
-    if shutil.which("ninja", path=_path()) is None:
+    if shutil.which("ninja", path=toolchain.search_path()) is None:
         return "ninja is missing (pip install ninja)"
-    lost = missing()
+    lost = toolchain.missing()
     if lost:
         return lost
-    from .requirements import unwritable  # setup.py loads this file alone
-
     problem = unwritable(target().parent)
     return f"{problem}; set TORCH_EXTENSIONS_DIR to a folder that can be" if problem else None
 
@@ -136,7 +130,7 @@ def state() -> str:
         return f"cannot be built: {reason}"
     if wanted_archs() and target().is_file():
         return f"built at first use in {target().parent}"
-    return f"not built yet; buildable (nvcc {cuda_version(nvcc())})"
+    return f"not built yet; buildable (nvcc {toolchain.cuda_version(toolchain.nvcc())})"
 
 
 def built(arch: int) -> bool:
@@ -154,29 +148,10 @@ def _covers(archs: Iterable[int], ptx: int, arch: int) -> bool:
     return any(a // 10 == arch // 10 and a <= arch for a in archs) or 0 < ptx <= arch
 
 
-def ptx_arch(archs: str) -> int:
-    """The first architecture of a list such as "8.0 9.0+PTX" that keeps its PTX: 90; or 0."""
-    kept = re.findall(r"(\d+)\.(\d)\w?\+PTX", archs)
-    return min((10 * int(major) + int(minor) for major, minor in kept), default=0)
-
-
-def facts(archs: str) -> list[str]:
-    """Compiler flags that tell the library what it is built of and for."""
-    return [f"-DDECO_SOURCES={digest():#x}", f"-DDECO_PTX_ARCH={ptx_arch(archs)}"]
-
-
-def digest() -> int:
-    """Of the C++ sources."""
-    found = hashlib.sha256()
-    for file in sorted(path for path in folder().glob("*") if path.is_file()):
-        found.update(f"\0{file.name}\0".encode() + file.read_bytes())
-    return int(found.hexdigest()[:15], 16)
-
-
 @lru_cache
 def _ahead_of_time() -> ModuleType | None:
     try:
-        module = importlib.import_module(AHEAD_OF_TIME)
+        module = importlib.import_module(toolchain.AHEAD_OF_TIME)
     except ModuleNotFoundError:
         return None
     except ImportError as error:
@@ -184,19 +159,12 @@ def _ahead_of_time() -> ModuleType | None:
     else:
         if not torch.__version__.startswith(module.torch_version):
             reason = f"for torch {module.torch_version}, this is {torch.__version__}"
-        elif module.sources != digest():
-            reason = f"of other sources than are in {folder()}"
+        elif module.sources != toolchain.digest():
+            reason = f"of other sources than are in {toolchain.folder()}"
         else:
             return module
     warnings.warn(f"CUDA kernels built ahead of time are unusable: {reason}", stacklevel=2)
     return None
-
-
-def folder() -> Path:
-    """The C++ sources: in an installed package, or in a checkout."""
-    package = Path(__file__).resolve().parents[1]
-    installed = package / "csrc"
-    return installed if installed.is_dir() else package.parent / "csrc"
 
 
 def wanted_archs() -> str:
@@ -206,7 +174,7 @@ def wanted_archs() -> str:
         return " ".join(listed)
     visible = range(torch.cuda.device_count())
     capabilities = {torch.cuda.get_device_capability(i) for i in visible}
-    known = known_archs()
+    known = toolchain.known_archs()
     archs = set()
     for major, minor in sorted(c for c in capabilities if c >= (7, 5)):
         fitting = [m for a, m in (divmod(arch, 10) for arch in known) if a == major and m <= minor]
@@ -217,88 +185,13 @@ def wanted_archs() -> str:
     return " ".join(sorted(archs))
 
 
-@lru_cache
-def missing() -> str | None:
-    """What any build of the library lacks; None if nothing."""
-    if torch.version.cuda is None:
-        return f"torch {torch.__version__} is built without CUDA"
-    compiler = nvcc()
-    if compiler is None:
-        return "nvcc was not found (set CUDA_HOME, or put it on PATH)"
-    version = cuda_version(compiler)
-    if version.partition(".")[0] != torch.version.cuda.partition(".")[0]:
-        return (
-            f"{compiler} is of CUDA {version or 'an unknown version'}, "
-            f"torch {torch.__version__} of CUDA {torch.version.cuda}: the majors must match"
-        )
-    host = shlex.split(os.environ.get("CXX", "c++"))[0]
-    if sys.platform != "win32" and shutil.which(host) is None:
-        return f"the C++ compiler {host!r} was not found (install one, or set CXX)"
-    if not Path(sysconfig.get_path("include"), "Python.h").is_file():
-        return "Python's headers are missing (python3-dev, python3-devel)"
-    lost = [name for name in SOURCES if not (folder() / name).is_file()]
-    return f"{', '.join(lost)} missing in {folder()}" if lost else None
-
-
-def nvcc() -> str | None:
-    """Found in torch's order of places."""
-    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
-    if home:
-        return shutil.which("nvcc", path=os.path.join(home, "bin"))
-    return shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
-
-
-@lru_cache
-def known_archs() -> tuple[int, ...]:
-    """What nvcc compiles for: (75, ..., 120); empty if it does not tell."""
-    compiler = nvcc()
-    listed = ask(compiler, "--list-gpu-arch") if compiler else ""
-    return tuple(map(int, re.findall(r"compute_(\d+)", listed)))
-
-
-def cuda_version(nvcc: str) -> str:
-    """Such as "13.0"; empty if ``nvcc`` does not tell."""
-    found = re.search(r"release (\d+\.\d+)", ask(nvcc, "--version"))
-    return found[1] if found else ""
-
-
-def cuda_home(nvcc: str) -> str:
-    """The toolkit's root. ``nvcc`` may be a wrapper far from it, but names it in its plan."""
-    plan = re.search(r"^#\$ TOP=(.+)$", ask(nvcc, "--dryrun", "-x", "cu", os.devnull), re.M)
-    root = Path(plan[1].strip()).resolve() if plan else None
-    if root is None or shutil.which("nvcc", path=root / "bin") is None:
-        root = Path(nvcc).parents[1]
-    return str(root)
-
-
-def ask(*command: str) -> str:
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
-    except (OSError, subprocess.TimeoutExpired):
-        return ""
-    return done.stdout + done.stderr
-
-
-def _path() -> str:
-    """PATH, and where pip puts ninja: absent from PATH when a venv is used but not activated."""
-    return os.pathsep.join([os.environ.get("PATH", os.defpath), sysconfig.get_path("scripts")])
-
-
-def torch_builder() -> ModuleType:
-    """``torch.utils.cpp_extension``, without its warning that no GPU is visible."""
-    log = logging.getLogger("torch.utils.cpp_extension")
-    log.disabled, before = True, log.disabled
-    try:
-        return importlib.import_module("torch.utils.cpp_extension")
-    finally:
-        log.disabled = before
-
-
 def target() -> Path:
     """The finished library of a first-use build: the path tells everything that went into it."""
-    root = os.environ.get("TORCH_EXTENSIONS_DIR") or torch_builder().get_default_build_root()
+    root = os.environ.get("TORCH_EXTENSIONS_DIR")
+    root = root or toolchain.torch_builder().get_default_build_root()
     tag = sysconfig.get_config_var("EXT_SUFFIX")
-    all_that_matters = torch.__version__, torch.version.cuda, tag, wanted_archs(), FLAGS, digest()
+    made_of = tag, wanted_archs(), toolchain.FLAGS, toolchain.digest()
+    all_that_matters = torch.__version__, torch.version.cuda, *made_of
     key = hashlib.sha256(repr(all_that_matters).encode()).hexdigest()[:16]
     name = f"_deco_kernels_{key}" + (".pyd" if sys.platform == "win32" else ".so")
     return Path(root).resolve() / "deco_kernels" / key / name
@@ -343,6 +236,8 @@ def _find_or_make() -> ModuleType:
 @contextmanager
 def _only_process(path: Path) -> Iterator[None]:
     """Hold a lock that the system takes back from a process that is killed."""
+    from filelock import FileLock, Timeout  # only a build wants it
+
     lock = FileLock(path)
     try:
         try:
@@ -385,17 +280,17 @@ def _make(library: Path) -> ModuleType:
 
 
 def _compile(name: str, work: Path) -> ModuleType:
-    builder = torch_builder()
-    builder.CUDA_HOME = cuda_home(nvcc())
-    changes = {"PATH": _path(), "TORCH_CUDA_ARCH_LIST": wanted_archs()}
+    builder = toolchain.torch_builder()
+    builder.CUDA_HOME = toolchain.cuda_home(toolchain.nvcc())
+    changes = {"PATH": toolchain.search_path(), "TORCH_CUDA_ARCH_LIST": wanted_archs()}
     before = {key: os.environ[key] for key in changes if key in os.environ}
     os.environ.update(changes)
     try:
         return builder.load(
             name,
-            [str(folder() / source) for source in SOURCES],
-            extra_cflags=FLAGS["cxx"] + facts(wanted_archs()),
-            extra_cuda_cflags=FLAGS["nvcc"],
+            [str(toolchain.folder() / source) for source in toolchain.SOURCES],
+            extra_cflags=toolchain.FLAGS["cxx"] + toolchain.facts(wanted_archs()),
+            extra_cuda_cflags=toolchain.FLAGS["nvcc"],
             build_directory=str(work),
         )
     finally:

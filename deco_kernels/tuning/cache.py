@@ -17,10 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock
 
 from .. import kernels
-from ..host import library
+from ..host import toolchain
 from ..host.requirements import unwritable
 from .call import Call
 from .table import FILE
@@ -47,7 +46,7 @@ def _version(package: str) -> str | None:
 @cache
 def _kernels() -> str:
     """A digest of all that is compiled: the kernels' source, of a checkout as of a release."""
-    found = hashlib.sha256(f"{library.digest():x}".encode())
+    found = hashlib.sha256(f"{toolchain.digest():x}".encode())
     for file in sorted(Path(kernels.__file__).parent.glob("*.py")):
         found.update(f"\0{file.name}\0".encode() + file.read_bytes())
     return found.hexdigest()[:16]
@@ -156,6 +155,8 @@ def store(index: int, measured: Mapping[Call, Times]) -> Path:
     Raises:
         OSError: the file cannot be written.
     """
+    from filelock import FileLock  # only a tool stores
+
     check_folder()
     file, here = path(index), key(index)
     file.parent.mkdir(parents=True, exist_ok=True)

@@ -6,12 +6,12 @@ import subprocess
 
 import pytest
 
-from deco_kernels.host import library
+from deco_kernels.host import toolchain
 from deco_kernels.kernels.resources import SHARED_LIMIT
 from deco_kernels.tools import compile as aot
 from deco_kernels.tools.compile import cuda
 
-compiles = pytest.mark.skipif(library.nvcc() is None, reason="nvcc was not found")
+compiles = pytest.mark.skipif(toolchain.nvcc() is None, reason="nvcc was not found")
 
 STAGES = 3 * (128 + 128) * 64 + 16  # bytes: tiles of 128 rows and 128 columns, and the ticket
 SHARED = {
@@ -59,8 +59,8 @@ def test_all_that_ships_fits(arch):
 @compiles
 def test_a_row_says_what_cuobjdump_says(tmp_path):
     cubin = tmp_path / "dgelu.cubin"
-    command = [library.nvcc(), "-std=c++17", "-O3", "-arch=sm_80", "-cubin"]
-    subprocess.run([*command, library.folder() / "dgelu.cu", "-o", cubin], check=True)
+    command = [toolchain.nvcc(), "-std=c++17", "-O3", "-arch=sm_80", "-cubin"]
+    subprocess.run([*command, toolchain.folder() / "dgelu.cu", "-o", cubin], check=True)
     triton = pytest.importorskip("triton")
     command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", cubin]
     text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
@@ -85,8 +85,8 @@ def test_sm_75_has_neither_bf16_nor_tf32():
 @pytest.fixture
 def change(tmp_path, monkeypatch):
     """Change a line of a copy of the sources, which then is what is compiled."""
-    copy = shutil.copytree(library.folder(), tmp_path / "csrc")
-    monkeypatch.setattr(library, "folder", lambda: copy)
+    copy = shutil.copytree(toolchain.folder(), tmp_path / "csrc")
+    monkeypatch.setattr(toolchain, "folder", lambda: copy)
 
     def replace(name, old, new):
         text = (copy / name).read_text()

@@ -32,10 +32,10 @@ def finished(process):
 
 
 def ahead_of_time(monkeypatch, extension, torch_version=torch.__version__):
-    module = ModuleType(extension.AHEAD_OF_TIME)
+    module = ModuleType(extension.toolchain.AHEAD_OF_TIME)
     module.arch_list, module.ptx_arch, module.torch_version = [80, 90], 0, torch_version
-    module.sources = extension.digest()
-    monkeypatch.setitem(sys.modules, extension.AHEAD_OF_TIME, module)
+    module.sources = extension.toolchain.digest()
+    monkeypatch.setitem(sys.modules, extension.toolchain.AHEAD_OF_TIME, module)
     return module
 
 
@@ -197,7 +197,7 @@ def broken_nvcc(here, monkeypatch):
 
 
 def no_ninja(here, monkeypatch):
-    monkeypatch.setattr(here.extension, "_path", lambda: str(here.tmp))
+    monkeypatch.setattr(here.toolchain, "search_path", lambda: str(here.tmp))
 
 
 def no_compiler(here, monkeypatch):
@@ -210,7 +210,7 @@ def no_setuptools(here, monkeypatch):
 
 
 def no_headers(here, monkeypatch):
-    monkeypatch.setattr(here.extension.sysconfig, "get_path", lambda name: str(here.tmp))
+    monkeypatch.setattr(here.toolchain.sysconfig, "get_path", lambda name: str(here.tmp))
 
 
 def no_source(here, monkeypatch):
@@ -310,7 +310,7 @@ def test_a_change_of_anything_is_another_library(here, monkeypatch):
         lambda: monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.0 9.0"),
         lambda: monkeypatch.setattr(torch, "__version__", "2.99.0+cu130"),
         lambda: monkeypatch.setattr(torch.version, "cuda", "99.0"),
-        lambda: monkeypatch.setitem(here.extension.FLAGS, "nvcc", ["-O1"]),
+        lambda: monkeypatch.setitem(here.toolchain.FLAGS, "nvcc", ["-O1"]),
     ):
         assert here.extension.target() == targets[-1]
         change()
@@ -321,9 +321,9 @@ def test_a_change_of_anything_is_another_library(here, monkeypatch):
 def test_the_toolkit_is_where_nvcc_says_not_where_its_wrapper_is(here):
     wrapper = here.tmp / "wrapper" / "bin" / "nvcc"
     executable(wrapper, f'#!/bin/sh\nexec {here.root}/bin/nvcc "$@"\n')
-    assert here.extension.cuda_home(str(wrapper)) == str(here.root.resolve())
+    assert here.toolchain.cuda_home(str(wrapper)) == str(here.root.resolve())
     executable(wrapper, "#!/bin/sh\n")
-    assert here.extension.cuda_home(str(wrapper)) == str(here.tmp / "wrapper")
+    assert here.toolchain.cuda_home(str(wrapper)) == str(here.tmp / "wrapper")
 
 
 def test_operators_are_those_of_the_library_and_found_once(here, monkeypatch):
@@ -375,8 +375,8 @@ def test_a_library_built_ahead_of_time_with_ptx_runs_on_later_gpus(here, monkeyp
     module.ptx_arch = 90
     assert here.extension.state() == "built ahead of time for 8.0, 9.0+PTX"
     assert here.extension.library(120) is module
-    assert here.extension.ptx_arch("8.0 9.0+PTX;10.0+PTX") == 90
-    assert here.extension.ptx_arch("8.0") == 0
+    assert here.toolchain.ptx_arch("8.0 9.0+PTX;10.0+PTX") == 90
+    assert here.toolchain.ptx_arch("8.0") == 0
 
 
 def test_a_library_built_ahead_of_time_of_other_sources_is_passed_over(here, monkeypatch):

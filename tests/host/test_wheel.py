@@ -9,7 +9,7 @@ import zipfile
 
 import pytest
 import torch
-from machines.build import REPOSITORY, fresh_extension, machine
+from machines.build import REPOSITORY, fresh, machine
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="the stand-in compilers are sh")
 
@@ -103,8 +103,8 @@ def test_ahead_of_time_the_archs_are_those_asked_for_or_all_that_nvcc_knows(here
 
 
 @pytest.fixture
-def toolchain():
-    problem = fresh_extension().missing()
+def toolchain(monkeypatch):
+    problem = fresh(monkeypatch).toolchain.missing()
     if problem:
         pytest.skip(problem)
 
@@ -124,12 +124,12 @@ def python(code, folder, **environment):
 def test_the_kernels_build_at_first_use(tmp_path):
     code = """if True:
         import torch
-        from deco_kernels.host import library
+        from deco_kernels.host import library, toolchain
         library._ahead_of_time = lambda: None
         module = library.library(90)
         operators = library.namespace(module)
         assert module.arch_list == [80, 90], module.arch_list
-        assert (module.ptx_arch, module.sources) == (0, library.digest())
+        assert (module.ptx_arch, module.sources) == (0, toolchain.digest())
         assert module.cuda_version // 1000 == int(torch.version.cuda.partition(".")[0])
         assert torch.__version__.startswith(module.torch_version)
         for name in ("pool", "pool_linear", "dgelu"):
@@ -167,7 +167,7 @@ def test_the_kernels_build_ahead_of_time(tmp_path):
     )
     assert install.returncode == 0, install.stdout + install.stderr
     code = """if True:
-        from deco_kernels.host import library
+        from deco_kernels.host import library, toolchain
         print(library.state())
         print(library.namespace(library.library(86)).pool.default._schema)
     """

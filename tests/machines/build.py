@@ -11,6 +11,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from deco_kernels import host
+from deco_kernels.host import library, toolchain
+
 REPOSITORY = Path(__file__).parents[2]
 CUDA = torch.version.cuda or "13.0"
 
@@ -55,23 +58,22 @@ PyMODINIT_FUNC INIT(TORCH_EXTENSION_NAME)() {
 
 # A process that has the library, and says so.
 PROCESS = """
-import importlib.util, pathlib, sys, torch
+import pathlib, torch
 torch.version.cuda = {cuda!r}
-spec = importlib.util.spec_from_file_location("deco_kernels.host.library", {extension!r})
-extension = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(extension)
-extension.folder = lambda: pathlib.Path({csrc!r})
-print(extension.library(80).arch_list)
+from deco_kernels.host import library, toolchain
+toolchain.folder = lambda: pathlib.Path({csrc!r})
+print(library.library(80).arch_list)
 """
 
 
-def fresh_extension():
-    """The module in the state of a new process."""
-    path = REPOSITORY / "deco_kernels" / "host" / "library.py"
-    spec = importlib.util.spec_from_file_location("deco_kernels.host.library", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def fresh(monkeypatch):
+    """``host/library.py`` in the state of a new process, and its ``toolchain``."""
+    for module in (toolchain, library):
+        spec = importlib.util.spec_from_file_location(module.__name__, module.__file__)
+        copy = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(copy)
+        monkeypatch.setattr(host, spec.name.rpartition(".")[2], copy)  # where library finds it
+    return host.library
 
 
 def executable(path, text):
@@ -97,25 +99,22 @@ def machine(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.0")
     monkeypatch.setattr(torch.version, "cuda", CUDA)
 
-    extension, csrc = fresh_extension(), tmp_path / "csrc"
+    extension, csrc = fresh(monkeypatch), tmp_path / "csrc"
+    toolchain = extension.toolchain
     csrc.mkdir()
     (csrc / "bindings.cpp").write_text(BINDINGS)
     # Torch builds a name once in a process: no two tests have the same sources.
     (csrc / "test.h").write_text(f"// {tmp_path}\n")
-    for name in extension.SOURCES[1:]:
+    for name in toolchain.SOURCES[1:]:
         (csrc / name).write_text(f"int {Path(name).stem};\n")
-    extension.folder = lambda: csrc
-    monkeypatch.setitem(sys.modules, extension.AHEAD_OF_TIME, None)  # a developer may have it
+    toolchain.folder = lambda: csrc
+    monkeypatch.setitem(sys.modules, toolchain.AHEAD_OF_TIME, None)  # a developer may have it
 
     def process(**environment):
-        own = REPOSITORY / "deco_kernels" / "host" / "library.py"
         with open(tmp_path / "said", "a") as said:
             return subprocess.Popen(
-                [
-                    sys.executable,
-                    "-c",
-                    PROCESS.format(extension=str(own), csrc=str(csrc), cuda=CUDA),
-                ],
+                [sys.executable, "-c", PROCESS.format(csrc=str(csrc), cuda=CUDA)],
+                cwd=REPOSITORY,
                 env={**os.environ, **environment},
                 stdout=subprocess.PIPE,
                 stderr=said,
@@ -133,6 +132,7 @@ def machine(tmp_path, monkeypatch):
 
     return SimpleNamespace(
         extension=extension,
+        toolchain=toolchain,
         root=root,
         csrc=csrc,
         process=process,

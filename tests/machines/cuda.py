@@ -25,12 +25,12 @@ from ptxsim import Sim, compile_cuda
 from ptxsim.launch import HostArrays, parse
 from torch.utils.cpp_extension import include_paths
 
-from deco_kernels.host import library
+from deco_kernels.host import library, toolchain
 from deco_kernels.kernels.launch import Chip, stand_in
 
-CSRC = library.folder()
+CSRC = toolchain.folder()
 HERE = Path(__file__).parents[1] / "cuda_host"
-KERNELS = tuple(name for name in library.SOURCES if name.endswith(".cu"))
+KERNELS = tuple(name for name in toolchain.SOURCES if name.endswith(".cu"))
 NAME = "deco_kernels_on_host"
 COMPILER = os.environ.get("CXX", "g++")
 SANITIZE = "DECO_KERNELS_TESTS_SANITIZE"  # in the environment: build with the sanitizers
@@ -84,7 +84,7 @@ def _bindings() -> ctypes.CDLL:
     objects = [folder / "bindings.o", folder / "switch.o"]
     includes = [*include_paths(), sysconfig.get_paths()["include"], str(CSRC)]
     flags = ["-O1", "-std=c++20", "-DDECO_ON_HOST", f"-DTORCH_EXTENSION_NAME={NAME}"]
-    flags += library.facts("")
+    flags += toolchain.facts("")
     flags += [f"-I{path}" for path in includes]
     with ThreadPoolExecutor() as pool:
         sources = [CSRC / "bindings.cpp", HERE / "switch.cpp"]

@@ -13,7 +13,7 @@ from machines.triton import INTERPRETING
 import deco_kernels
 from deco_kernels.__main__ import main
 from deco_kernels.backends import triton as verbs
-from deco_kernels.host import library
+from deco_kernels.host import library, toolchain
 from deco_kernels.tools import check, demo
 from deco_kernels.tools import compile as aot
 from deco_kernels.tools.table import rank
@@ -21,7 +21,7 @@ from deco_kernels.tuning import table
 from deco_kernels.tuning.chips import CHIPS
 
 COMPILES_TRITON = pytest.mark.skipif(INTERPRETING, reason="the interpreter compiles nothing")
-COMPILES_CUDA = pytest.mark.skipif(library.nvcc() is None, reason="nvcc was not found")
+COMPILES_CUDA = pytest.mark.skipif(toolchain.nvcc() is None, reason="nvcc was not found")
 
 
 def python(*arguments):
@@ -207,7 +207,7 @@ def test_without_triton_compile_lists_the_cuda_kernels():
 def test_without_nvcc_compile_lists_the_triton_kernels(jit, monkeypatch, capfd):
     monkeypatch.setenv("CUDA_HOME", "/nowhere")
     monkeypatch.setattr(torch.version, "cuda", "13.0")
-    monkeypatch.setattr(library, "missing", library.missing.__wrapped__)  # nothing is cached
+    monkeypatch.setattr(toolchain, "missing", toolchain.missing.__wrapped__)  # nothing is cached
     chosen = {"bf16 dz": jit.cases()["bf16 dz"]}
     monkeypatch.setattr(jit, "cases", lambda: chosen)
     assert main(["compile", "--arch", "80"]) == 0

@@ -14,7 +14,7 @@ from machines.triton import simulated
 
 from deco_kernels import FusedAvgPoolProjector, Stencil, backends
 from deco_kernels.backends import Choice
-from deco_kernels.host import library
+from deco_kernels.host import library, toolchain
 from deco_kernels.kernels.launch import Chip
 from deco_kernels.tools import tune
 from deco_kernels.tools.measure import float32_matmul
@@ -261,7 +261,7 @@ def test_environments_share_a_folder(gpu, monkeypatch):
     assert len(list(cache.folder().glob("*.json"))) == 2
 
 
-@pytest.mark.parametrize("folder", [Path(cache.kernels.__file__).parent, library.folder()])
+@pytest.mark.parametrize("folder", [Path(cache.kernels.__file__).parent, toolchain.folder()])
 def test_other_kernels_have_not_been_measured(gpu, monkeypatch, tmp_path, folder):
     """Of a checkout the version stays the same while its kernels change."""
     cache.store(0, {BUCKET: TIMES})
@@ -269,8 +269,8 @@ def test_other_kernels_have_not_been_measured(gpu, monkeypatch, tmp_path, folder
     shutil.copytree(folder, copy)
     with next(copy.glob("pool_linear.*")).open("a") as file:
         file.write("\n")
-    if folder == library.folder():
-        monkeypatch.setattr(library, "folder", lambda: copy)
+    if folder == toolchain.folder():
+        monkeypatch.setattr(toolchain, "folder", lambda: copy)
     else:
         monkeypatch.setattr(cache.kernels, "__file__", str(copy / "__init__.py"))
     monkeypatch.setattr(cache, "_kernels", cache._kernels.__wrapped__)

@@ -11,11 +11,11 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from ...host import library
+from ...host import toolchain
 from ...kernels.resources import SHARED_LIMIT, tensor_core
 from . import Row, Step
 
-SOURCES = [name for name in library.SOURCES if name.endswith(".cu")]
+SOURCES = [name for name in toolchain.SOURCES if name.endswith(".cu")]
 _CASES = {"Bfloat": "bf16", "Half": "fp16", "Float": "fp32"}  # by the C++ type of the elements
 _FROM_SM80 = ("bf16", "tf32")  # the backend asks earlier GPUs for neither
 
@@ -31,12 +31,12 @@ class Compiled(NamedTuple):
 
 def problem(arch: int) -> str | None:
     """Why nothing can be compiled here for ``arch``; None if something can."""
-    nvcc = library.nvcc()
+    nvcc = toolchain.nvcc()
     if nvcc is None:
-        return library.missing()
-    if f"compute_{arch}" in library.ask(nvcc, "--list-gpu-arch").split():
+        return toolchain.missing()
+    if f"compute_{arch}" in toolchain.ask(nvcc, "--list-gpu-arch").split():
         return None
-    return f"nvcc {library.cuda_version(nvcc)} does not know the architecture"
+    return f"nvcc {toolchain.cuda_version(nvcc)} does not know the architecture"
 
 
 def count_steps(archs: Sequence[int]) -> int:
@@ -67,14 +67,14 @@ def compiled(source: str, arch: int) -> Compiled:
     """
     with tempfile.TemporaryDirectory() as folder:
         ptx, cubin = Path(folder, "kernels.ptx"), Path(folder, "kernels.cubin")
-        _nvcc(arch, "-std=c++17", "-ptx", library.folder() / source, "-o", ptx)
+        _nvcc(arch, "-std=c++17", "-ptx", toolchain.folder() / source, "-o", ptx)
         # ptxas would only warn of launch bounds that it ignores.
         report = _nvcc(arch, "-cubin", "-Xptxas", "-v,-Werror", ptx, "-o", cubin)
         return Compiled(source, ptx.read_text(), report, cubin.stat().st_size)
 
 
 def _nvcc(arch: int, *arguments: str | Path) -> str:
-    command = [library.nvcc(), *library.FLAGS["nvcc"], f"-arch=sm_{arch}", *arguments]
+    command = [toolchain.nvcc(), *toolchain.FLAGS["nvcc"], f"-arch=sm_{arch}", *arguments]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         lines = done.stderr.splitlines() or ["it does not say why"]
@@ -85,8 +85,8 @@ def _nvcc(arch: int, *arguments: str | Path) -> str:
 
 def rows(done: Compiled, arch: int) -> list[Row]:
     """The kernels of a file that the backend launches on ``arch``."""
-    source = (library.folder() / done.source).read_text(encoding="utf-8")
-    params = (library.folder() / "params.h").read_text(encoding="utf-8")
+    source = (toolchain.folder() / done.source).read_text(encoding="utf-8")
+    params = (toolchain.folder() / "params.h").read_text(encoding="utf-8")
     literals = re.findall(r"^constexpr int (\w+) = (\d+);", params + source, re.M)
     constants = {name: int(value) for name, value in literals}
     dynamic = constants["SHARED_BYTES"] if "DYN_SHARED" in source else 0
@@ -116,7 +116,7 @@ def rows(done: Compiled, arch: int) -> list[Row]:
             shared_limit=SHARED_LIMIT[arch],
             tensor_core=core,
             case=case,
-            compiler=f"nvcc {library.cuda_version(library.nvcc())}",
+            compiler=f"nvcc {toolchain.cuda_version(toolchain.nvcc())}",
         )
         found.append(row)
     return found
