@@ -5,14 +5,15 @@ Torch's own operators need no wrapping: with plain tensors a Function computes b
 less, and has the derivatives of the operators; under a tracer nothing hides them at all.
 """
 
-import logging
 from collections.abc import Callable
 from functools import wraps
+from types import ModuleType
 
 import torch
 
 from . import backends
 from .backends import eager
+from .host.imports import when_imported
 from .stencil import Places
 from .tuning.call import Call
 
@@ -265,6 +266,43 @@ def _function(name: str, forward: Callable, setup: Callable, backward: Callable)
     )
 
 
+_CALLS: dict[str, tuple[Callable, type | None]] = {}
+
+
+def _register(name: str, run: Callable, fake: Callable, *derivative) -> None:
+    _library.impl(name, run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"deco_kernels::{name}", fake, lib=_library)
+    operator = getattr(torch.ops.deco_kernels, name)
+    if derivative:
+        setup, backward = derivative
+        torch.library.register_autograd(
+            f"deco_kernels::{name}", backward, setup_context=setup, lib=_library
+        )
+        _CALLS[name] = operator.default, _function(name, run, setup, backward)
+
+
+_register("pool", _pool, _fake_pool, _setup_pool, _pool_backward)
+_register("dact_pool", _dact_pool, _fake_dact_pool)
+_register(
+    "pool_linear",
+    _pool_linear,
+    _fake_pool_linear,
+    _setup_pool_linear,
+    _pool_linear_backward,
+)
+_register(
+    "act_linear",
+    _act_linear,
+    _fake_act_linear,
+    _setup_act_linear,
+    _act_linear_backward,
+)
+_register("dact_linear", _dact_linear, _fake_dact_linear)
+
+
+# What torch's FLOP counter is told.
+
+
 def _no_flops(*args, **kwargs) -> int:
     return 0
 
@@ -283,53 +321,18 @@ def _dact_linear_flops(dy, w, *args, out_shape=None, **kwargs) -> int:
     return 2 * dy[0] * w[0] * w[1]
 
 
-def _flop_formulas() -> Callable:
-    """Torch's registry, whose import warns that nothing counts in kernels of a missing Triton."""
-    log = logging.getLogger("torch.utils.flop_counter")
-    before, log.disabled = log.disabled, True
-    try:
-        from torch.utils.flop_counter import register_flop_formula
-    finally:
-        log.disabled = before
-    return register_flop_formula
+def _register_flops(counter: ModuleType) -> None:
+    for name, flops in {
+        "pool": _no_flops,
+        "dact_pool": _no_flops,
+        "pool_linear": _pool_linear_flops,
+        "act_linear": _act_linear_flops,
+        "dact_linear": _dact_linear_flops,
+    }.items():
+        counter.register_flop_formula(getattr(torch.ops.deco_kernels, name))(flops)
 
 
-_flop_formula = _flop_formulas()
-_CALLS: dict[str, tuple[Callable, type | None]] = {}
-
-
-def _register(name: str, run: Callable, fake: Callable, flops: Callable, *derivative) -> None:
-    _library.impl(name, run, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"deco_kernels::{name}", fake, lib=_library)
-    operator = getattr(torch.ops.deco_kernels, name)
-    _flop_formula(operator)(flops)
-    if derivative:
-        setup, backward = derivative
-        torch.library.register_autograd(
-            f"deco_kernels::{name}", backward, setup_context=setup, lib=_library
-        )
-        _CALLS[name] = operator.default, _function(name, run, setup, backward)
-
-
-_register("pool", _pool, _fake_pool, _no_flops, _setup_pool, _pool_backward)
-_register("dact_pool", _dact_pool, _fake_dact_pool, _no_flops)
-_register(
-    "pool_linear",
-    _pool_linear,
-    _fake_pool_linear,
-    _pool_linear_flops,
-    _setup_pool_linear,
-    _pool_linear_backward,
-)
-_register(
-    "act_linear",
-    _act_linear,
-    _fake_act_linear,
-    _act_linear_flops,
-    _setup_act_linear,
-    _act_linear_backward,
-)
-_register("dact_linear", _dact_linear, _fake_dact_linear, _dact_linear_flops)
+when_imported("torch.utils.flop_counter", _register_flops)  # it imports Triton, so we do not
 
 
 def call(name: str, first: torch.Tensor, *args):

@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 
 from ..host import library
+from ..host.private import constant_in_graphs
 from ..kernels.launch import chip_of
 from ..tuning.call import Call
 from ..tuning.decide import ranking
@@ -40,7 +41,7 @@ def unusable(backend: str, device: torch.device, dtype: torch.dtype) -> str | No
     return _MODULES[backend].unusable(device, dtype)
 
 
-@torch.compiler.assume_constant_result
+@constant_in_graphs
 def choose(backend: str, device: torch.device, dtype: torch.dtype) -> Choice:
     """Resolve ``backend`` for tensors of a device and dtype.
 

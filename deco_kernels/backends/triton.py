@@ -1,5 +1,9 @@
 """The verbs in Triton: allocates the outputs, picks the configuration, launches."""
 
+import importlib
+from functools import cache
+from types import ModuleType
+
 import torch
 
 from ..host import requirements
@@ -8,25 +12,28 @@ from ..stencil import Table
 from ..tuning import config_for
 from . import eager
 
-try:
-    import triton
 
-    from ..kernels import dact_linear as dact_linear_kernel
-    from ..kernels import dgelu as dgelu_kernel
-    from ..kernels import pool as pool_kernel
-    from ..kernels import pool_linear as pool_linear_kernel
-except ImportError as error:
-    _missing = str(error)
-else:
-    _missing = ""
+@cache
+def _kernels() -> dict[str, ModuleType] | str:
+    """The kernels' modules, or why they cannot be imported.
+
+    Triton takes a second to import: that waits until somebody needs it.
+    """
+    room = f"{__package__.rpartition('.')[0]}.kernels"
+    try:
+        names = "pool", "pool_linear", "dact_linear", "dgelu"
+        return {name: importlib.import_module(f"{room}.{name}") for name in names}
+    except ImportError as error:
+        return str(error)
 
 
 def unusable(device: torch.device, dtype: torch.dtype) -> str | None:
     """Why these kernels cannot run on ``device`` with ``dtype``; None if they can."""
-    if _missing:
-        return f"triton cannot be imported ({_missing})"
     if dtype == torch.float64:
         return "float64 is left to torch"
+    kernels = _kernels()
+    if isinstance(kernels, str):
+        return f"triton cannot be imported ({kernels})"
     if standing_in():
         return None
     if device.type == "cuda":
@@ -36,9 +43,15 @@ def unusable(device: torch.device, dtype: torch.dtype) -> str | None:
         if arch < 80:
             return f"compute capability {arch / 10} is below 8.0"
         return requirements.triton_lacks()
-    if device.type == "cpu" and triton.knobs.runtime.interpret:
+    if device.type == "cpu" and _interpreted():
         return "Triton's interpreter computes bfloat16 wrongly" if dtype == torch.bfloat16 else None
     return f"it needs a CUDA device, the tokens are on {device.type}"
+
+
+def _interpreted() -> bool:
+    import triton
+
+    return triton.knobs.runtime.interpret
 
 
 def unfenced(arch: int) -> str | None:
@@ -47,8 +60,10 @@ def unfenced(arch: int) -> str | None:
     wgmma and tcgen05 read shared memory in another way than cp.async writes it, and want a fence
     between them. Triton has it since 3.7; before, a tile may be multiplied before it is there.
     """
-    if _missing or not 90 <= arch < 120:
+    if isinstance(_kernels(), str) or not 90 <= arch < 120:
         return None
+    import triton
+
     major, minor, *_ = triton.__version__.split(".")
     if (int(major), int(minor)) >= (3, 7):
         return None
@@ -78,7 +93,7 @@ def pool(x: torch.Tensor, table: Table, dtype: torch.dtype, act: str | None = No
     """act(x) [B, n_in, K] -> [B, rows, K] of ``dtype``; sums in float32."""
     p = x.new_empty(x.shape[0], table.index.shape[0], x.shape[2], dtype=dtype)
     if p.numel():
-        pool_kernel.pool(x, *table[:3], p, _config("pool", x), act)
+        _kernels()["pool"].pool(x, *table[:3], p, _config("pool", x), act)
     return p
 
 
@@ -86,7 +101,7 @@ def dact_pool(dp: torch.Tensor, table: Table, z: torch.Tensor, act: str) -> torc
     """``dz`` = (Sᵀ dp) * act'(z), by the transposed table: [B, rows, K] of z's dtype."""
     dz = z.new_empty(z.shape)
     if dz.numel():
-        pool_kernel.pool(dp, *table[:3], dz, _config("pool", z), act, z)
+        _kernels()["pool"].pool(dp, *table[:3], dz, _config("pool", z), act, z)
     return dz
 
 
@@ -108,7 +123,7 @@ def pool_linear(
     g = None if activation is None else w.new_empty(*shape, w.shape[0])
     if p.numel():
         config = _config("pool_linear", w)
-        pool_linear_kernel.pool_linear(x, *table[:3], w, bias, p, z, g, "tf32", config, act)
+        _kernels()["pool_linear"].pool_linear(x, *table[:3], w, bias, p, z, g, "tf32", config, act)
     return p, z, g
 
 
@@ -121,7 +136,7 @@ def dact_linear(
     config, dz = _config("dact_linear", z), torch.empty_like(z)
     g, sums = _extras(z, want_g, want_db, config)
     if len(z):
-        dact_linear_kernel.dact_linear(dy, w, z, dz, g, sums, "tf32", config)
+        _kernels()["dact_linear"].dact_linear(dy, w, z, dz, g, sums, "tf32", config)
     return dz, g, _bias_grad(sums, z)
 
 
@@ -133,7 +148,7 @@ def composed_dact_linear(
     dz = torch.mm(dy, w, out=torch.empty_like(z))  # also where autocast would have another dtype
     g, sums = _extras(z, want_g, want_db, config)
     if len(z):
-        dgelu_kernel.dgelu(dz, z, g, sums, config)
+        _kernels()["dgelu"].dgelu(dz, z, g, sums, config)
     return dz, g, _bias_grad(sums, z)
 
 
@@ -141,7 +156,7 @@ def _extras(
     z: torch.Tensor, want_g: bool, want_db: bool, config: Config
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """Room for G [M, N], and for the sums of dZ over panels of rows, as wanted."""
-    panels = triton.cdiv(len(z), config.tiles["BM"])
+    panels = -(-len(z) // config.tiles["BM"])
     sums = z.new_empty(panels, z.shape[1], dtype=torch.float32) if want_db else None
     return torch.empty_like(z) if want_g else None, sums
 
@@ -150,5 +165,5 @@ def _bias_grad(sums: torch.Tensor | None, z: torch.Tensor) -> torch.Tensor | Non
     if sums is None:
         return None
     db = z.new_empty(z.shape[1])
-    dact_linear_kernel.bias_grad(sums, db, _config("bias_grad", z))
+    _kernels()["dact_linear"].bias_grad(sums, db, _config("bias_grad", z))
     return db

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from .. import ops
 from ..backends import choose, eager
-from ..host.private import transforms_active
+from ..host import private
 from ..stencil import Places, Stencil
 from .inputs import check_float, check_linear, check_ordinary, check_size, check_tokens
 
@@ -201,7 +201,7 @@ def act_linear(
     return Hidden(y if keep_z else None, g, bias)
 
 
-@torch.compiler.assume_constant_result  # Dynamo cannot trace it before 2.13
+@private.constant_in_graphs  # Dynamo cannot trace it before 2.13
 def _has_autocast(device: str) -> bool:
     return torch.amp.is_autocast_available(device)
 
@@ -262,7 +262,7 @@ def _check_activation(activation: str | None) -> None:
 def _backend(name: str, asked: str, x: torch.Tensor, dtype: torch.dtype) -> tuple[str, bool]:
     """The backend of a call, and whether its operators stay open: to a tracer or a transform."""
     backend = choose(asked, x.device, dtype).backend
-    if torch.compiler.is_compiling() or not transforms_active():
+    if torch.compiler.is_compiling() or not private.transforms_active():
         return backend, backend == "eager" and ops.traced()
     if asked not in ("auto", "eager"):
         raise RuntimeError(
@@ -273,7 +273,7 @@ def _backend(name: str, asked: str, x: torch.Tensor, dtype: torch.dtype) -> tupl
 
 def _places(x: torch.Tensor, stencil: Stencil) -> Places:
     """Those of the stencil beside x; for a fake x, by which memory is estimated, fake ones."""
-    mode = None if type(x) is torch.Tensor else getattr(x, "fake_mode", None)
+    mode = private.fake_mode_of(x)
     if mode is None or torch.compiler.is_compiling():
         return stencil.places(x.device, x.dtype)
     places = stencil.places(torch.device("cpu"), x.dtype)

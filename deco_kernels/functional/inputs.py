@@ -4,6 +4,8 @@ import math
 
 import torch
 
+from ..host.private import wraps_tensors
+
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 MAX_BYTES = 2**63 - 1
 ORDINARY = (torch.nn.Parameter, torch.Tensor)
@@ -11,7 +13,7 @@ ORDINARY = (torch.nn.Parameter, torch.Tensor)
 
 def ordinary(x: torch.Tensor) -> bool:
     """Whether ``x`` holds its own numbers: a DTensor and its like wrap other tensors."""
-    return type(x) in ORDINARY or not hasattr(type(x), "__tensor_flatten__")
+    return type(x) in ORDINARY or not wraps_tensors(type(x))
 
 
 def check_tokens(name: str, x: torch.Tensor) -> None:

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from .. import functional
+from ..host import private
 from ..projector.layers import difference, plain
 from ..stencil import Stencil
 from . import tail
@@ -62,11 +63,14 @@ class PooledByModel(Kind):
     def module(cls, model: nn.Module) -> nn.Module | None:
         """The model's projector."""
         owner = model.get_model() if cls.through_get_model else model
-        return owner._modules.get(cls.projector)
+        return private.children_of(owner).get(cls.projector)
 
     @classmethod
     def parts(cls, model: nn.Module) -> tail.Tail | str:
         """The tail of the projector, or why its weights must not be read."""
+        problem = private.lacks("later pooling")
+        if problem:
+            return problem
         module, (values, kind, kinds, mode) = cls.module(model), state(model).seen
         if not plain(module, kind):
             return f"{cls.projector} {difference(module, kind)}"
@@ -121,7 +125,7 @@ class PooledByModel(Kind):
     @classmethod
     def _pool_problem(cls, model: nn.Module) -> str | None:
         """How the pooling method differs from ours, on tokens of 3 channels."""
-        stock, tried = getattr(type(model), cls.pool), stand_in(model, model._modules)
+        stock, tried = getattr(type(model), cls.pool), stand_in(model, private.children_of(model))
         for name in (cls.pool, *cls.entries):
             if name in model.__dict__:
                 return f"{name} is replaced on the instance"

@@ -9,6 +9,7 @@ from torch import nn
 
 from ..functional import autocast_dtype
 from ..functional.inputs import ordinary
+from ..host.private import buffers_of, children_of, parameters_of
 from ..projector import FusedAvgPoolProjector, changed_sampler, project, unreadable
 from ..projector.layers import difference, plain
 from ..stencil import Stencil
@@ -72,7 +73,7 @@ class PooledBefore(OfTokens):
     def find(cls, module: nn.Module) -> Found | None:
         if isinstance(module, FusedAvgPoolProjector):
             return Found("it is a FusedAvgPoolProjector already")
-        if not {"sampler", "mlp_projector"} <= module._modules.keys():
+        if not {"sampler", "mlp_projector"} <= children_of(module).keys():
             return None
         try:
             like = FusedAvgPoolProjector.from_reference(module)
@@ -119,7 +120,11 @@ class PooledAfter(PooledProjector):
     @classmethod
     def find(cls, module: nn.Module) -> Found | None:
         found = tail.layers(module)
-        if type(module) is nn.Sequential or found is None or module._modules.get("pooling") is None:
+        if (
+            type(module) is nn.Sequential
+            or found is None
+            or children_of(module).get("pooling") is None
+        ):
             return None
         problem = (
             _more_than(module, {*found, "pooling"})
@@ -261,7 +266,7 @@ def _square(x: object, first: nn.Linear) -> tuple[int, int] | None:
 
     A layer's own dtype or autocast: the original code may cast whatever else comes.
     """
-    weight = first._parameters["weight"]
+    weight = parameters_of(first)["weight"]
     if not isinstance(x, torch.Tensor) or x.dim() != 3 or x.shape[2] != weight.shape[1]:
         return None
     if not ordinary(x):
@@ -274,10 +279,10 @@ def _square(x: object, first: nn.Linear) -> tuple[int, int] | None:
 
 def _more_than(module: nn.Module, children: set[str]) -> str | None:
     """What a module has that its fused form would not compute."""
-    more = module._modules.keys() - children
+    more = children_of(module).keys() - children
     if more:
         return f"it has more layers than expected: {', '.join(sorted(more))}"
-    if any(p is not None for p in (*module._parameters.values(), *module._buffers.values())):
+    if any(p is not None for p in (*parameters_of(module).values(), *buffers_of(module).values())):
         return "it has parameters or buffers of its own"
     return None
 

@@ -8,6 +8,7 @@ from torch import nn
 
 from .. import functional
 from ..functional.inputs import ordinary
+from ..host.private import children_of
 from ..stencil import Stencil
 from .swap import (
     Found,
@@ -71,7 +72,7 @@ class Unshuffle(OfTower):
             return None
         if "pixel_unshuffle" in module.__dict__:
             return Found("its pixel_unshuffle is replaced on the instance")
-        stock = stand_in(module, module._modules)
+        stock = stand_in(module, children_of(module))
         ours = as_fused(stock, cls, None)
         problem = disagreement(stock.pixel_unshuffle, ours.pixel_unshuffle, *_trial())
         if problem:
@@ -98,12 +99,12 @@ class Encoder(OfTower):
 
     @classmethod
     def find(cls, module: nn.Module) -> Found | None:
-        if tuple(module._modules) != _LAYERS:
+        if tuple(children_of(module)) != _LAYERS:
             return None
         if parameter_names(type(module).forward) != ["pixel_values", "grid_sizes", "merge_sizes"]:
             return None
         calls, stock = [], stand_in(module, {name: nn.Identity() for name in _LAYERS})
-        for name, layer in stock._modules.items():
+        for name, layer in children_of(stock).items():
             layer.forward = _noting(calls, name)
         ours = as_fused(stock, cls, None)
         forwards = (_noting_start(calls, each.forward) for each in (stock, ours))

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from ..backends import choose
+from ..host import private
 from ..projector import Plan
 
 ATTRIBUTE = "_deco_kernels"  # of a fused module: its State
@@ -72,11 +73,11 @@ class Kind:
         """Which way the next call of a fused module takes."""
         parts, remembered = cls.parts(module), state(module)
         if isinstance(parts, str):
-            return Plan("eager", "stock", parts, remembered.last)
+            return Plan("eager", "stock", private.noted(parts), remembered.last)
         parameters = (p for m in (*cls.owned(module), module) for p in m.parameters())
         like = next(parameters, torch.empty(0))
         backend = choose(remembered.backend, like.device, like.dtype).backend
-        return Plan(backend, "fused", cls.how, remembered.last)
+        return Plan(backend, "fused", private.noted(cls.how), remembered.last)
 
     @classmethod
     def owned(cls, module: nn.Module) -> tuple[nn.Module, ...]:
@@ -91,8 +92,8 @@ class Swapped:
     references to it stay what they are.
     """
 
-    def _get_name(self) -> str:
-        return f"Fused{super()._get_name()}"
+    def __repr__(self) -> str:
+        return f"Fused{super().__repr__()}"
 
     def __reduce_ex__(self, protocol: int) -> tuple:
         # The class was made at run time: a copy makes it again from the original one.
@@ -169,14 +170,14 @@ def stand_in(module: nn.Module, children: dict[str, nn.Module]) -> nn.Module:
         if type(value) in (dict, list, set, OrderedDict):  # a trial may store something
             value = type(value)() if "_hooks" in key else copy.copy(value)
         made.__dict__[key] = value
-    buffers = {k: None if b is None else b.clone() for k, b in module._buffers.items()}
-    made.__dict__.update(_modules=dict(children), _buffers=buffers)
+    buffers = private.buffers_of(module).items()
+    private.rebuild(made, children, {k: None if b is None else b.clone() for k, b in buffers})
     return made
 
 
 def as_fused(stood: nn.Module, kind: type[Kind], seen: Any) -> nn.Module:
     """The same stand-in, fused."""
-    made = stand_in(stood, stood._modules)
+    made = stand_in(stood, private.children_of(stood))
     swap(made, Found("", kind, seen), "eager")
     return made
 

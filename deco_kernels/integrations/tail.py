@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from .. import functional
-from ..host.private import foreign_global_hook
+from ..host.private import children_of, foreign_global_hook, parameters_of
 from ..projector.layers import difference, materialised, plain
 from ..stencil import Stencil
 from .swap import random_tokens
@@ -43,7 +43,7 @@ class Tail(NamedTuple):
 
     def pooled(self, z: torch.Tensor, stencil: Stencil, backend: str) -> torch.Tensor:
         """The MLP's output, pooled; the last product is done on pooled tokens."""
-        p = self.linear._parameters
+        p = parameters_of(self.linear)
         return functional.act_pool_linear(
             z, p["weight"], p["bias"], stencil, self.activation, backend=backend
         )
@@ -65,7 +65,7 @@ def layers(mlp: nn.Module) -> dict[str, nn.Module] | None:
     """The layers of an MLP in order, by name; None if it has no known form."""
     if type(mlp) is nn.Linear:
         return {"": mlp}
-    children = mlp._modules
+    children = children_of(mlp)
     if type(mlp) is nn.Sequential:
         return dict(children)
     act = next((name for name in ACTIVATION_NAMES if name in children), None)

@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
-from torch.autograd.grad_mode import _unsafe_preserve_version_counter
-from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
+from ..host import private
+from ..host.private import tree_leaves, tree_map, tree_map_only
 from ..stencil import Stencil
 from .tail import Tail
 
@@ -48,7 +48,7 @@ class Unfinished(torch.Tensor):
 
     @staticmethod
     def of(last: Tail, z: torch.Tensor, backend: str, modes: Modes) -> "Unfinished":
-        parameters = last.linear._parameters
+        parameters = private.parameters_of(last.linear)
         with modes.on(z.device):
             made = _Output.apply(last, modes, z, parameters["weight"], parameters["bias"])
         made._tail, made._z, made._backend, made._modes = last, z, backend, modes
@@ -57,7 +57,7 @@ class Unfinished(torch.Tensor):
         return made
 
     def _history(self) -> Any:
-        with torch._C.DisableTorchFunctionSubclass():
+        with private.as_base_tensor():
             return self.grad_fn
 
     def lazy(self) -> bool:
@@ -125,7 +125,7 @@ class Unfinished(torch.Tensor):
             )
 
     def _follow(self) -> None:
-        with Modes(True, False).on(self._y.device), torch._C.DisableTorchFunctionSubclass():
+        with Modes(True, False).on(self._y.device), private.as_base_tensor():
             if self.grad_fn is not self._node:  # a Function returned it: as checkpoint does
                 self._y = _Data.apply(self)
             elif self._seen != _state(self._y):
@@ -134,18 +134,18 @@ class Unfinished(torch.Tensor):
                     self._check_alone()
                 if self._node is not None or self._y.requires_grad:
                     # Computing it changes nothing for who has saved it for backward.
-                    with _unsafe_preserve_version_counter(self) if first else nullcontext():
+                    with private.keep_version(self) if first else nullcontext():
                         _Follow.apply(self, self._y)
             self._seen, self._node = _state(self._y), self.grad_fn
 
     @classmethod
-    @torch.compiler.disable  # a compiled function gets the tensor too
+    @private.uncompiled  # a compiled function gets the tensor too
     def __torch_function__(cls, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         first = args[0] if args else None
         if type(first) is Unfinished and first.lazy():
             if function in _KNOWN:
-                with torch._C.DisableTorchFunctionSubclass():
+                with private.as_base_tensor():
                     return function(*args, **kwargs)
             if _cuts_first_axis(function, args, kwargs):
                 return first._parts(lambda z: function(z, *args[1:], **kwargs))
@@ -164,7 +164,7 @@ class Unfinished(torch.Tensor):
     @classmethod
     def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
         def data(unfinished):
-            if function._schema.is_mutable:
+            if private.writes(function):
                 unfinished._check_alone()
             return unfinished.tensor().detach()
 
@@ -208,7 +208,7 @@ def _cuts_first_axis(function: Callable, args: tuple, kwargs: dict[str, Any]) ->
 
 def _state(tensor: torch.Tensor) -> tuple[int, bool] | None:
     """What changes when a tensor is changed in place; None where nothing tells."""
-    return None if tensor.is_inference() else (tensor._version, tensor.requires_grad)
+    return None if tensor.is_inference() else (private.version_of(tensor), tensor.requires_grad)
 
 
 def _unfinished(value: Any) -> list[Unfinished]:
@@ -226,9 +226,9 @@ def finished(value: Any) -> Any:
 
 def _no_checkpoint() -> AbstractContextManager:
     """A checkpoint must not count what is saved here: it does not come here again."""
-    if torch._C._autograd._top_saved_tensors_default_hooks(True) is None:
-        return nullcontext()
-    return torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t)
+    if private.saved_tensors_are_hooked():
+        return torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t)
+    return nullcontext()
 
 
 class _Output(torch.autograd.Function):
@@ -238,7 +238,7 @@ class _Output(torch.autograd.Function):
     def forward(ctx, last, modes, z, weight, bias):
         ctx.save_for_backward(z, weight, bias)
         ctx.act, ctx.modes = last.act, modes
-        return torch.Tensor._make_wrapper_subclass(
+        return private.empty_wrapper(
             Unfinished,
             (*z.shape[:-1], len(weight)),
             dtype=modes.autocast or z.dtype,

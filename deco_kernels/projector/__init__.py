@@ -8,7 +8,7 @@ from torch import nn
 from .. import functional
 from ..backends import Choice, check_backend, choose, fastest, preferred
 from ..functional.inputs import check_tokens, ordinary
-from ..host.private import foreign_global_hook
+from ..host.private import children_of, foreign_global_hook, noted, parameters_of
 from ..reference import AvgPoolProjector
 from ..stencil import Stencil
 from ..stencil.numbers import check_count, check_grid, square_side
@@ -187,7 +187,7 @@ class FusedAvgPoolProjector(AvgPoolProjector):
         choice = self._choice(like)
         path, problem = self._path(like)
         backend = "eager" if path == "modules" else choice.backend
-        return Plan(backend, path, problem or choice.reason)
+        return Plan(backend, path, noted(problem or choice.reason))
 
     def _choice(self, like: torch.Tensor) -> Choice:
         dtype = functional.autocast_dtype(like) or like.dtype
@@ -235,7 +235,7 @@ def unreadable(mlp: nn.Module) -> str | None:
     """Why ``mlp_projector`` must be called and its weights not read; None if they can be."""
     if not plain(mlp, nn.Sequential):
         return "mlp_projector was replaced or is hooked"
-    for i, child in enumerate(mlp._modules.values()):
+    for i, child in enumerate(children_of(mlp).values()):
         if not plain(child, nn.GELU if i % 2 else nn.Linear):
             return f"mlp_projector[{i}] is {type(child).__name__}, or hooked"
         if i % 2:
@@ -249,7 +249,7 @@ def unreadable(mlp: nn.Module) -> str | None:
 def project(x: torch.Tensor, mlp: nn.Sequential, stencil: Stencil, backend: str) -> torch.Tensor:
     """Tokens x [B, n, K], pooled and projected by an MLP that is not :func:`unreadable`."""
     # The parameters as `unreadable` has seen them; a module's attributes are slow to look up.
-    first, *rest = [linear._parameters for linear in [*mlp._modules.values()][::2]]
+    first, *rest = [parameters_of(linear) for linear in [*children_of(mlp).values()][::2]]
     activation = "gelu" if rest else None
     w, bias = first["weight"], first["bias"]
     y = functional.pool_linear(x, w, bias, stencil, activation, backend=backend)

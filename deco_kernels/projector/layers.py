@@ -4,21 +4,12 @@ import torch
 from torch import nn
 
 from ..functional.inputs import ORDINARY
+from ..host.private import fake_mode_of, hooked, parameters_of
 
 
 def plain(module: nn.Module, kind: type[nn.Module]) -> bool:
     """Whether calling ``module`` does what ``kind`` does and nothing else."""
-    own = module.__dict__
-    return (
-        type(module) is kind
-        and "forward" not in own
-        and not (
-            own["_forward_hooks"]
-            or own["_forward_pre_hooks"]
-            or own["_backward_hooks"]
-            or own["_backward_pre_hooks"]
-        )
-    )
+    return type(module) is kind and "forward" not in module.__dict__ and not hooked(module)
 
 
 def difference(module: nn.Module, kind: type[nn.Module]) -> str:
@@ -30,12 +21,12 @@ def difference(module: nn.Module, kind: type[nn.Module]) -> str:
 
 
 def _owns_numbers(parameter: torch.Tensor | None) -> bool:
-    return type(parameter) in ORDINARY or hasattr(parameter, "fake_mode")  # torch.export's
+    return type(parameter) in ORDINARY or fake_mode_of(parameter) is not None  # torch.export's
 
 
 def materialised(linear: nn.Linear) -> bool:
     """Whether the parameters are ordinary tensors that are there in full."""
-    p = linear._parameters
+    p = parameters_of(linear)
     return (
         _owns_numbers(p.get("weight"))
         and (p.get("bias", ...) is None or _owns_numbers(p.get("bias")))  # a buffer is none

@@ -6,8 +6,8 @@ from math import prod
 from typing import NamedTuple
 
 import torch
-from torch.utils._python_dispatch import _disable_current_modes
 
+from ..host.private import no_modes
 from ..host.streams import capturing
 from . import geometry as grids
 from .geometry import Geometry
@@ -49,7 +49,7 @@ class Places(NamedTuple):
 @contextmanager
 def plain_mode() -> Iterator[None]:
     """What is kept must serve every caller, whatever mode this one is in."""
-    with _disable_current_modes(), torch.inference_mode(False):
+    with no_modes(), torch.inference_mode(False):
         yield
 
 

@@ -8,6 +8,8 @@ from functools import lru_cache
 import torch
 from torch.autograd.graph import saved_tensors_hooks
 
+from ..host.private import idle_gpu
+
 # Cycles that a GPU idles, about two milliseconds, so that the host is ahead of it.
 HEAD_START = 4_000_000
 
@@ -25,7 +27,7 @@ def seconds(run: Callable[[], object], device: torch.device) -> float:
     with torch.cuda.device(device):
         flush_l2(device)
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda._sleep(HEAD_START)
+        idle_gpu(HEAD_START)
         begin.record()
         run()
         end.record()
