@@ -29,11 +29,11 @@ def _kernels() -> dict[str, ModuleType] | str:
 
 def unusable(device: torch.device, dtype: torch.dtype) -> str | None:
     """Why these kernels cannot run on ``device`` with ``dtype``; None if they can."""
-    if dtype == torch.float64:
-        return "float64 is left to torch"
     kernels = _kernels()
     if isinstance(kernels, str):
         return f"triton cannot be imported ({kernels})"
+    if dtype == torch.float64:
+        return "float64 is left to torch"
     if standing_in():
         return None
     if device.type == "cuda":

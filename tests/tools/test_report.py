@@ -1,7 +1,6 @@
 """Does `report` keep what it has, say what is not there, and write down what was measured?"""
 
 import csv
-import json
 import os
 import re
 import signal
@@ -12,10 +11,10 @@ import time
 from pathlib import Path
 
 import pytest
+from benchmarked import kept, measured, timed
 
 from deco_kernels.__main__ import main
-from deco_kernels.tools.predict import report as predicted_times
-from deco_kernels.tools.report import collect, page, process, runner
+from deco_kernels.tools.report import page, process, runner
 from deco_kernels.tools.report import pictures as plots
 from deco_kernels.tools.report import plan as plans
 from deco_kernels.tools.report.plan import Step, checkout, plan
@@ -58,43 +57,6 @@ def fake(tmp_path, monkeypatch):
 
 def step(name, *command, limit=60, reason=None):
     return Step(name, f"Step {name}", ("fake", *command), limit, reason)
-
-
-def benchmark(file, shape="llava-576-144-b1", mode="step-frozen", provider="eager", **info):
-    """As pytest-benchmark writes it."""
-    given = {"shape": "[1, 2, 3] -> [1, 1, 3]", "dtype": "torch.float32", "device": "a CPU", **info}
-    return {
-        "group": f"{shape} {mode}" + ", bytes kept" * (file == "saved_bytes"),
-        "name": f"test_{file}[{shape}-{mode}-{provider}]",
-        "params": {"provider": provider},
-        "extra_info": given,
-        "options": {"timer": "perf_counter"},
-        "stats": {"min": 0.1, "median": 0.2, "max": 0.3, "rounds": 3, "data": [0.1, 0.2, 0.3]},
-    }
-
-
-def timed(ratio=1.25, peak=None, **which):
-    rates = {"gigabytes_per_second": 2.0, "teraflop_per_second": 0.1, "peak_memory_bytes": None}
-    peaks = {
-        "percent_of_roofline": peak and 12.3,
-        "peak_teraflop_per_second": peak,
-        "peak_gigabytes_per_second": peak,
-    }
-    ratios = {"ratio_to_eager": ratio, "ratio_range": [ratio - 0.123456, ratio + 0.1]}
-    times = {"milliseconds": 10.0 * ratio, "eager_milliseconds": 10.0}
-    return benchmark("speed", **ratios, **times, **rates, **peaks, **which)
-
-
-def kept(saved=50, **which):
-    return benchmark("saved_bytes", saved_bytes=saved, eager_saved_bytes=100, **which)
-
-
-def measured(tmp_path, *benchmarks):
-    """The words of a step that leaves these."""
-    source = tmp_path / "source.json"
-    text = json.dumps({"machine_info": {"node": "myhost"}, "benchmarks": benchmarks})
-    source.write_text(text)
-    return "measure", str(source)
 
 
 def rows(path):
@@ -304,92 +266,6 @@ def test_an_earlier_report_is_replaced_and_nothing_else(fake, tmp_path):
     assert left == {"info.txt", "notes.txt", "report.md"}
 
 
-def test_rows_of_the_files():
-    (row,) = collect.speed([timed(peak=900.0, saved_bytes=7), kept()])
-    assert row == {
-        "shape": "llava-576-144-b1",
-        "mode": "step-frozen",
-        "provider": "eager",
-        "sizes": "[1, 2, 3] -> [1, 1, 3]",
-        "dtype": "float32",
-        "device": "a CPU",
-        "milliseconds": 12.5,
-        "eager_milliseconds": 10.0,
-        "ratio_to_eager": 1.25,
-        "ratio_lowest": 1.127,
-        "ratio_highest": 1.35,
-        "gigabytes_per_second": 2.0,
-        "teraflop_per_second": 0.1,
-        "percent_of_roofline": 12.3,
-        "peak_teraflop_per_second": 900.0,
-        "peak_gigabytes_per_second": 900.0,
-        "saved_bytes": 7,
-        "peak_memory_bytes": None,
-    }
-    (row,) = collect.memory([timed(), kept(provider="compile")])
-    assert (row["provider"], row["saved_bytes"], row["ratio_to_eager"]) == ("compile", 50, 0.5)
-    step_ = benchmark("training_step", ratio_to_oracle=1.23456)
-    host = benchmark("host_overhead", microseconds_over_oracle=129.87)
-    first, second = collect.projector([step_, timed(), host])
-    assert (first["ratio_to_oracle"], second["microseconds_over_oracle"]) == (1.235, 129.9)
-
-
-def test_counts_come_from_what_the_tests_recorded(tmp_path):
-    row = {"kernel": "pool", "case": "a"}
-    row |= {f"{who}_{what}": 3 for who in ("executed", "model") for what in collect.QUANTITIES}
-    launches = {"tower": "frozen", "forward": 2, "backward": 5}
-    recorded = [("counts", row), ("launches", launches), ("other", {})]
-    properties = "".join(
-        f'<property name="{name}" value="{json.dumps(value).replace(chr(34), "&quot;")}"/>'
-        for name, value in recorded
-    )
-    cases = f"<testcase><properties>{properties}</properties></testcase>"
-    (tmp_path / "counts.xml").write_text(f"<testsuites><testsuite>{cases}</testsuite></testsuites>")
-    results = collect.Results()
-    results.add("counts", "", tmp_path)
-    assert (results.counts, results.launches) == ([row], [launches])
-    printed = "\n".join(page._counts("24 passed in 3.1s", results))
-    assert "| pool | 1 | 3 | 3 | 3 | 3 | 0 |" in printed
-    assert "| frozen | 2 | 5 |" in printed
-    results.counts[0]["model_mma"] = 5
-    assert "| pool | 1 | 3 | 3 | 3 | 3 | 2 |" in "\n".join(page._counts("", results))
-
-
-def test_predictions_are_those_that_predict_prints():
-    found = list(collect.predictions(predicted_times(["H100", "B200"])))
-    assert {row["chip"] for row in found} == {"H100", "B200"}
-    for row in found:
-        gain = float(row["pool_cublaslt_us"]) / float(row["fused_us"])
-        assert float(row["pool+Lt_over_ours"]) == pytest.approx(gain, abs=0.006)
-        gain = float(row["eager_step_us"]) / float(row["step_us"])
-        assert float(row["eager_over_ours"]) == pytest.approx(gain, abs=0.006)
-
-
-def test_pictures_are_drawn_of_what_there_is(tmp_path):
-    results, pictures = collect.Results(), plots.Pictures()
-    pictures.draw(results, tmp_path)
-    assert not list(tmp_path.iterdir())
-    both = [timed(provider=provider, peak=900.0) for provider in plots.LOOKS]
-    results.benchmarks = [*both, timed(mode="forward"), *map(kept, [10, 20])]
-    results.predicted = list(collect.predictions(predicted_times()))
-    pictures.draw(results, tmp_path)
-    assert pictures.error is None
-    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(plots.Pictures.FILES)
-    assert pictures.of("speed") == ["speed.png", "roofline.png"]
-    for path in tmp_path.iterdir():
-        assert path.read_bytes().startswith(b"\x89PNG")
-        assert path.stat().st_size < 100_000
-
-
-def test_without_published_peaks_the_roofline_is_the_predicted_one(tmp_path):
-    results, pictures = collect.Results(benchmarks=[timed()]), plots.Pictures()
-    results.predicted = list(collect.predictions(predicted_times()))
-    pictures.draw(results, tmp_path)
-    assert pictures.of("predict") == ["roofline.png"]
-    (axes,) = plots.draw_predicted(results.predicted).axes
-    assert axes.get_title().startswith("Predicted, not measured")
-
-
 def test_a_picture_that_fails_costs_nothing_else(monkeypatch, fake, tmp_path):
     def broken(rows):
         raise ZeroDivisionError("no ink")
@@ -402,32 +278,3 @@ def test_a_picture_that_fails_costs_nothing_else(monkeypatch, fake, tmp_path):
     assert "Not drawn: speed.png: no ink." in (out / "report.md").read_text()
     assert (out / "memory.png").exists()
     assert rows(out / "speed.csv")
-
-
-def test_what_was_not_measured_is_told_once_with_its_reason():
-    output = """
-SKIPPED [2] benchmarks/test_speed.py:31: compile: no C++ compiler
-SKIPPED [5] benchmarks/test_speed.py:31: ours-triton: it needs a CUDA device
-SKIPPED [5] benchmarks/test_speed.py:31: ours-cuda: it needs a CUDA device
-SKIPPED [5] benchmarks/test_speed.py:31: eager: only one image is measured, not 8
-SKIPPED [5] benchmarks/test_speed.py:31: eager: only one image is measured, not 64
-"""
-    assert page._skipped(output)[3:] == [
-        "- compile (no C++ compiler)",
-        "- ours-triton, ours-cuda (it needs a CUDA device)",
-        "- cases such as: only one image is measured, not 64",
-    ]
-
-
-def test_readme_holds_the_results_of_the_report():
-    """`python benchmarks/readme.py` after a new report."""
-    run = subprocess.run(
-        [sys.executable, "-c", "import readme; print(readme.region(), end='')"],
-        cwd=checkout() / "benchmarks",
-        capture_output=True,
-        text=True,
-    )
-    assert run.returncode == 0, run.stderr
-    readme = (checkout() / "README.md").read_text()
-    (found,) = re.findall("<!-- results: begin -->\n(.*)<!-- results: end -->", readme, re.S)
-    assert found == run.stdout
