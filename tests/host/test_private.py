@@ -37,6 +37,8 @@ DELETED = {
     feature: [path for path in needs.names if "Tensor." not in path and "()" not in path]
     for feature, needs in private.FEATURES.items()
 }
+# Without these torch itself calls no module, or no Function.
+OF_TORCH = "global hooks", "transforms"
 WITHOUT = """
 import json, sys, torch
 import torch._dynamo, torch._subclasses.schema_check_mode  # torch's own have what they need
@@ -68,7 +70,7 @@ print(json.dumps({{name: [plan.path, plan.reason] for name, plan in plans.items(
 
 @pytest.mark.parametrize("feature", [feature for feature, paths in DELETED.items() if paths])
 def test_without_it_the_package_works_and_says_what_does_not(feature):
-    runs = feature != "global hooks"  # torch itself calls no module without those
+    runs = feature not in OF_TORCH
     tests = str(Path(__file__).parents[1])
     code = WITHOUT.format(paths=DELETED[feature], runs=runs, tests=tests)
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
@@ -78,7 +80,9 @@ def test_without_it_the_package_works_and_says_what_does_not(feature):
     assert all(told in reason for _, reason in plans.values())
     paths = {name: path for name, (path, _) in plans.items()}
     if feature == "global hooks":
-        assert set(paths.values()) <= {"modules", "stock"}
+        assert paths == {"alone": "modules"}  # fuse has left the others
+    elif feature in OF_TORCH:
+        assert paths["alone"] == "fused"
     elif feature == "later pooling":
         assert paths == {"0": "stock", "1": "fused", "alone": "fused"}
     else:
