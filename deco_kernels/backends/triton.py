@@ -19,10 +19,9 @@ def _kernels() -> dict[str, ModuleType] | str:
 
     Triton takes a second to import: that waits until somebody needs it.
     """
-    room = f"{__package__.rpartition('.')[0]}.kernels"
+    names = "pool", "pool_linear", "dact_linear", "dgelu"
     try:
-        names = "pool", "pool_linear", "dact_linear", "dgelu"
-        return {name: importlib.import_module(f"{room}.{name}") for name in names}
+        return {name: importlib.import_module(f"..kernels.{name}", __package__) for name in names}
     except ImportError as error:
         return str(error)
 

@@ -158,14 +158,17 @@ def no_modes() -> AbstractContextManager:
 # hooks, and what modules are made of
 
 
+_GLOBAL_HOOKS = [path.rpartition(".")[2] for path in FEATURES["global hooks"].names]
+
+
 def foreign_global_hook() -> str | None:
     """Why all modules must be called: a hook of theirs that is not torch's own. None without one.
 
     Torch's own (FLOP counters, module and memory trackers) look on; others may change what a layer
     computes.
     """
-    for path in FEATURES["global hooks"].names:
-        for hook in getattr(_module, path.rpartition(".")[2], {}).values():
+    for name in _GLOBAL_HOOKS:
+        for hook in getattr(_module, name, {}).values():
             owner = getattr(hook, "__module__", None) or type(hook).__module__
             if owner.partition(".")[0] != "torch":
                 hooked = getattr(hook, "__qualname__", type(hook).__qualname__)
@@ -226,8 +229,8 @@ def version_of(tensor: torch.Tensor) -> int:
     return tensor._version
 
 
-def writes(operator: torch._ops.OpOverload) -> bool:
-    """Whether an operator changes a tensor in place."""
+def writes(operator: Any) -> bool:
+    """Whether an operator, as ``torch.ops.aten.add.Tensor``, changes a tensor in place."""
     return operator._schema.is_mutable
 
 

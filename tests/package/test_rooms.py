@@ -74,6 +74,14 @@ def test_the_library_imports_no_tool():
     assert imported(PACKAGE / "__main__.py") <= {"tools"}
 
 
+def test_modules_are_imported_by_name_in_few_places():
+    """What those import, the tests above do not see; ``test_light`` does."""
+    calls = re.compile(r"\b(import_module|__import__|run_module|run_path)\(")
+    library = [file for file in FILES if room_of(file) != "tools"]
+    places = {file.name for file in library if calls.search(file.read_text(encoding="utf-8"))}
+    assert places == {"__main__.py", "triton.py", "library.py", "toolchain.py"}
+
+
 def test_every_tool_is_a_command_or_below_several():
     tools = {path.stem for path in (PACKAGE / "tools").iterdir()} - {"__init__", "__pycache__"}
     assert tools == {*COMMANDS, "arguments", "measure"}
