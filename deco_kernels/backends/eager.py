@@ -72,18 +72,19 @@ def _operator(geometry: Geometry) -> _Operator:
 _known_operator = lru_cache(maxsize=4096)(_operator)
 
 
-_bags: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # by a table's index
+# By a table's weight: its index may serve two dtypes.
+_bags: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
 def _bags_of(table: Table) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """A table without its padding: tokens, their weights, and where each row's begin."""
-    found = _bags.get(table.index)
+    found = _bags.get(table.weight)
     if found is None:
         with plain_mode():
             real = table.weight != 0
             ends = real.sum(1, dtype=torch.int32).cumsum(0, dtype=torch.int32)
             first = F.pad(ends[:-1], (1, 0))
-            found = _bags[table.index] = table.index[real], table.weight[real], first
+            found = _bags[table.weight] = table.index[real], table.weight[real], first
     return found
 
 

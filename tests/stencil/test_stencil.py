@@ -163,6 +163,16 @@ STENCILS = {
 }
 
 
+def test_float64_is_exact_after_float32_of_the_same_stencil():
+    """What is kept of a stencil, for one axis too, is kept for each dtype."""
+    for sizes in ((13,), (13, 7)):
+        stencil = Stencil.fixed(sizes, 3, 2)
+        for dtype in (torch.float32, torch.float64):
+            x = torch.ones(1, stencil.n_in, 1, dtype=dtype, requires_grad=True)
+            (dx,) = torch.autograd.grad(pool(x, stencil).sum(), x)
+        assert ((dx[0, 0] * 3 ** len(sizes)).item()) == 1.0
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("stencil", "matrix"), STENCILS.values(), ids=STENCILS.keys())
 def test_pool_and_its_gradient_are_the_matrix_and_its_transpose(stencil, matrix, dtype):
