@@ -7,12 +7,11 @@ from pathlib import Path
 
 import pytest
 
-import deco_kernels
 from deco_kernels.__main__ import COMMANDS
 from deco_kernels.host.private import FEATURES
 
-PACKAGE = Path(deco_kernels.__file__).parent
-REPOSITORY = PACKAGE.parent
+REPOSITORY = Path(__file__).parents[2]
+PACKAGE = REPOSITORY / "deco_kernels"  # the sources: what is installed has csrc/ in it
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 # From the bottom to the top: a room imports from those before it.
